@@ -1,0 +1,1 @@
+"""Experiments: configs, and what runs and draws them."""

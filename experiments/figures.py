@@ -1,0 +1,216 @@
+"""Figures of finished runs: accuracy by depth, and training curves.
+
+  python -m experiments.figures --workdirs=runs/a,runs/b --labels=N=1,N=2 \
+      --out=figures
+
+Runs with the same label are seeds of one setting. Needs the extra `plots`.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sleep_jax.training.metrics import read_metrics
+
+# Okabe and Ito's palette, told apart with any colour vision; the markers tell
+# the labels apart without colour.
+_STYLES = (
+  ("#0072B2", "o"),
+  ("#D55E00", "s"),
+  ("#009E73", "^"),
+  ("#CC79A7", "D"),
+  ("#E69F00", "v"),
+  ("#56B4E9", "P"),
+)
+_GREY = "#777777"
+_FLOOR = "best constant answer"
+
+
+def accuracy_by_depth(
+  results: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike
+) -> None:
+  """Draws exact accuracy by depth, a panel for each split, to a PNG.
+
+  Each run has its point and 95% interval; seeds stand side by side.
+
+  Args:
+    results: label -> what `judging.judge` returned for each of its seeds.
+    path: the PNG.
+
+  Raises:
+    ValueError: matplotlib is missing, or there are too many labels.
+  """
+  runs = [(label, run) for label, seeds in results.items() for run in seeds]
+  styles = _styles(results)
+  splits = list(dict.fromkeys(split for _, run in runs for split in run))
+  figure, panels = _panels(len(splits))
+  for panel, split in zip(panels, splits, strict=True):
+    shown = [
+      (label, run[split]["depth"]) for label, run in runs if split in run
+    ]
+    depths = sorted({int(d) for _, scores in shown for d in scores})
+    place = {str(depth): i for i, depth in enumerate(depths)}
+    for i, (label, scores) in enumerate(shown):
+      colour, marker = styles[label]
+      width = 0.7 / len(shown)
+      at = np.array([place[depth] for depth in scores])
+      at = at + width * (i + 0.5) - 0.35
+      accuracy, low, high = _accuracies(scores)
+      panel.errorbar(
+        at,
+        accuracy,
+        yerr=np.maximum([accuracy - low, high - accuracy], 0),
+        fmt=marker,
+        ms=4.5,
+        lw=1.2,
+        color=colour,
+        label=label,
+      )
+      panel.hlines(
+        [score["floor"] for score in scores.values()],
+        at - width / 2,
+        at + width / 2,
+        color=_GREY,
+        ls="--",
+        lw=1,
+        label=_FLOOR,
+      )
+    panel.set_title(split, loc="left", fontsize=10)
+    panel.set_xticks(range(len(depths)), [str(d) for d in depths])
+    panel.set_xlim(-0.6, len(depths) - 0.4)
+    panel.set_xlabel("depth")
+    panel.set_ylim(-0.02, 1.02)
+  panels[0].set_ylabel("exact accuracy")
+  _save(figure, path)
+
+
+def training_curves(
+  runs: Mapping[str, Sequence[str | os.PathLike]], path: str | os.PathLike
+) -> None:
+  """Draws training loss and accuracy against steps to a PNG.
+
+  Several seeds are thin lines, their mean over the steps that all of them
+  have is a thick one.
+
+  Args:
+    runs: label -> the metrics.jsonl of each of its seeds.
+    path: the PNG.
+
+  Raises:
+    ValueError: matplotlib is missing, or there are too many labels.
+  """
+  styles = _styles(runs)
+  figure, panels = _panels(2)
+  for panel, name in zip(panels, ("loss", "accuracy"), strict=True):
+    for label, paths in runs.items():
+      colour, _ = styles[label]
+      curves = [_curve(metrics_path, name) for metrics_path in paths]
+      if len(curves) > 1:
+        for curve in curves:
+          panel.plot(
+            list(curve), list(curve.values()), color=colour, lw=0.7, alpha=0.45
+          )
+      steps = sorted(set.intersection(*map(set, curves)))
+      mean = [np.mean([curve[step] for curve in curves]) for step in steps]
+      panel.plot(steps, mean, color=colour, lw=1.8, label=label)
+    panel.set_xlabel("training steps")
+    panel.set_ylabel(f"training {name}")
+    panel.set_xlim(left=0)
+    panel.set_ylim(bottom=0)
+  panels[1].set_ylim(0, 1.02)
+  _save(figure, path)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(prog="python -m experiments.figures")
+  parser.add_argument("--workdirs", required=True, help="DIR,DIR,...")
+  parser.add_argument("--labels", help="one each; default: the folders' names")
+  parser.add_argument("--out", required=True, help="folder that gets the PNGs")
+  arguments = parser.parse_args()
+  workdirs = [Path(workdir) for workdir in arguments.workdirs.split(",")]
+  labels = [workdir.name for workdir in workdirs]
+  if arguments.labels:
+    labels = arguments.labels.split(",")
+  if len(labels) != len(workdirs):
+    parser.error(f"{len(workdirs)} --workdirs but {len(labels)} --labels")
+  metrics: dict[str, list[Path]] = {}
+  results: dict[str, list[dict]] = {}
+  for label, workdir in zip(labels, workdirs, strict=True):
+    for name in ("metrics.jsonl", "results.json"):
+      if not (workdir / name).exists():
+        parser.error(f"{workdir} has no {name}: is the run finished?")
+    metrics.setdefault(label, []).append(workdir / "metrics.jsonl")
+    results.setdefault(label, []).append(
+      json.loads((workdir / "results.json").read_text())
+    )
+  out = Path(arguments.out)
+  out.mkdir(parents=True, exist_ok=True)
+  accuracy_by_depth(results, out / "accuracy_by_depth.png")
+  training_curves(metrics, out / "training_curves.png")
+  print(f"{out}/accuracy_by_depth.png\n{out}/training_curves.png")
+
+
+def _accuracies(scores: Mapping[str, Any]) -> np.ndarray:
+  """Accuracy and the ends of its interval: [3, depths]."""
+  return np.array([[s["accuracy"], *s["interval"]] for s in scores.values()]).T
+
+
+def _curve(path: str | os.PathLike, name: str) -> dict[int, float]:
+  """Step -> value of the training lines; not finite there, NaN here."""
+  return {
+    line["step"]: float("nan") if line[name] is None else line[name]
+    for line in read_metrics(path)
+    if name in line
+  }
+
+
+def _styles(labels: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+  if len(labels) > len(_STYLES):
+    raise ValueError(
+      f"{len(labels)} labels cannot be told apart in one figure: draw at most"
+      f" {len(_STYLES)}"
+    )
+  return dict(zip(labels, _STYLES, strict=False))
+
+
+def _panels(count: int) -> tuple[Any, Sequence[Any]]:
+  """A figure and its `count` panels, side by side."""
+  try:
+    from matplotlib.figure import Figure
+  except ImportError as error:
+    raise ValueError(
+      "figures need matplotlib: pip install 'sleep_jax[plots]'"
+    ) from error
+  figure = Figure(figsize=(0.8 + 3.4 * count, 3.4), layout="constrained")
+  panels = figure.subplots(1, count, squeeze=False)[0]
+  for panel in panels:
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="y", color="#E5E5E5", lw=0.6)
+    panel.set_axisbelow(True)
+  return figure, panels
+
+
+def _save(figure: Any, path: str | os.PathLike) -> None:
+  """Writes the figure with one legend, each label in it once."""
+  handles: dict[str, Any] = {}
+  for panel in figure.axes:
+    for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+      handles.setdefault(label, handle)
+  labels = sorted(handles, key=_FLOOR.__eq__)  # the floor comes last
+  figure.legend(
+    [handles[label] for label in labels],
+    labels,
+    loc="outside upper center",
+    ncols=2 * len(figure.axes),
+    frameon=False,
+  )
+  figure.savefig(path, dpi=160)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,89 @@
+"""GSM-Infinite with sleep: `python -m experiments.main --config=experiments/math.py`.
+
+Sizes, as in `--config=experiments/math.py:tiny`:
+  pocket (default): 2 CPU cores, under 15 minutes.
+  tiny: under a minute, for tests; learns nothing much.
+  evening: 45 minutes on 2 cores, as deep as it goes.
+  ouro_1_4b, jet_nemotron_2b: the paper's models; not yet.
+"""
+
+import dataclasses
+
+from sleep_jax.config import (
+  DataConfig,
+  ExperimentConfig,
+  ModelConfig,
+  OptimizerConfig,
+  RunConfig,
+  SleepConfig,
+  to_config_dict,
+)
+from sleep_jax.tasks.gsm_infinite import GsmInfiniteConfig
+
+
+def pocket() -> ExperimentConfig:
+  """Problems of 1 to 4 operations in two windows of 32 words."""
+  return ExperimentConfig(
+    task=GsmInfiniteConfig(
+      ops=(1, 2, 3, 4),
+      themes=("zoo",),
+      style="terse",
+      max_places=3,
+      max_things=3,
+      max_value=20,
+      distractors=4,
+      min_tokens=40,
+      max_tokens=64,
+    ),
+    model=ModelConfig(pattern=((("attn", "gdn"), 2),), width=64),
+    sleep=SleepConfig(passes=2, window_length=32),
+    data=DataConfig(length=67, batch_size=64),
+    optimizer=OptimizerConfig(
+      muon_learning_rate=5e-3,
+      adamw_learning_rate=2e-3,
+      warmup_fraction=0.02,
+      decay_fraction=0.3,
+    ),
+    run=RunConfig(steps=3000, evaluate_every=500, checkpoint_every=500),
+  )
+
+
+def tiny() -> ExperimentConfig:
+  """Everything that pocket does, in seconds."""
+  config = pocket()
+  return dataclasses.replace(
+    config,
+    task=dataclasses.replace(config.task, ops=(1, 2)),
+    model=dataclasses.replace(
+      config.model,
+      pattern=((("attn", "gdn"), 1),),
+      width=32,
+      mlp_width=64,
+      key_dim=16,
+      value_dim=16,
+    ),
+    data=dataclasses.replace(config.data, batch_size=16),
+    run=RunConfig(
+      steps=20,
+      evaluate_every=10,
+      checkpoint_every=10,
+      log_every=5,
+      evaluation_examples=64,
+      evaluation_batch_size=32,
+    ),
+  )
+
+
+SIZES = {"pocket": pocket, "tiny": tiny}
+NOT_YET = ("ouro_1_4b", "jet_nemotron_2b")
+
+
+def get_config(size: str = "pocket"):
+  """The config of a size, as a `ConfigDict`."""
+  if size in NOT_YET:
+    raise ValueError(
+      f"size {size!r} is not there yet: it needs the pretrained model's import"
+    )
+  if size not in SIZES:
+    raise ValueError(f"unknown size {size!r}: one of {sorted(SIZES)}")
+  return to_config_dict(SIZES[size]())

@@ -1,0 +1,1 @@
+"""The gated delta rule: one door (`api`) to every implementation."""

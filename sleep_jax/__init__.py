@@ -1,0 +1,1 @@
+"""Language models that sleep: offline recurrence over an evicted context."""

@@ -1,0 +1,273 @@
+"""Every setting of an experiment: frozen dataclasses, checked together.
+
+`experiments/*.py` return these as a `ConfigDict`, whose leaves the command
+line overrides (`--config.sleep.passes=4`); `from_config_dict` turns the result
+back into an `ExperimentConfig` or reports all that is wrong with it at once.
+"""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+
+from sleep_jax.tasks import TASKS
+from sleep_jax.tasks.gsm_infinite import GsmInfiniteConfig
+from sleep_jax.tasks.rule110 import Rule110Config
+
+MIXERS = ("attn", "gdn")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The hybrid: which blocks, and how large."""
+
+  # Groups of (kinds of blocks, repeats); the parameters of a group's repeats
+  # are stacked and scanned: ((("attn", "gdn"), 2),) is attn gdn attn gdn.
+  pattern: tuple = ((("attn", "gdn"), 2),)
+  # D: width of the residual stream.
+  width: int = 64
+  # Attention: query heads, and the key/value heads that they share.
+  attention_heads: int = 4
+  key_value_heads: int = 4
+  # Base of the rotary positions; they restart in each window.
+  rope_theta: float = 10_000.0
+  # H, K, V of the fast weights: S is H matrices of K x V.
+  fast_weight_heads: int = 2
+  key_dim: int = 32
+  value_dim: int = 32
+  # Taps of the causal depthwise convolution on q, k and v.
+  convolution_size: int = 4
+  # F: width of the SwiGLU layer.
+  mlp_width: int = 128
+  # Added to the mean square in every RMSNorm.
+  norm_eps: float = 1e-6
+  # Dtype of the activations; parameters and S stay in float32 (float64 for
+  # "float64", which is for tests and needs jax_enable_x64).
+  compute_dtype: str = "float32"
+
+  def violations(self):
+    for name in (
+      "width attention_heads key_value_heads fast_weight_heads key_dim "
+      "value_dim convolution_size mlp_width"
+    ).split():
+      if getattr(self, name) < 1:
+        yield f"model.{name} = {getattr(self, name)}: must be at least 1"
+    if self.attention_heads > 0 and self.width % (2 * self.attention_heads):
+      yield (
+        f"model.width = {self.width}: must be a multiple of 2 x "
+        f"model.attention_heads = {self.attention_heads} (rotary positions "
+        "turn pairs)"
+      )
+    if self.key_value_heads > 0 and self.attention_heads % self.key_value_heads:
+      yield (
+        f"model.key_value_heads = {self.key_value_heads}: must divide "
+        f"model.attention_heads = {self.attention_heads}"
+      )
+    if self.compute_dtype not in COMPUTE_DTYPES:
+      yield (
+        f"model.compute_dtype = {self.compute_dtype!r}: one of {COMPUTE_DTYPES}"
+      )
+    try:
+      groups = [(tuple(kinds), int(repeats)) for kinds, repeats in self.pattern]
+    except (TypeError, ValueError):
+      groups = []
+    if not groups or any(
+      not kinds or repeats < 1 or not set(kinds) <= set(MIXERS)
+      for kinds, repeats in groups
+    ):
+      yield (
+        f"model.pattern = {self.pattern!r}: must be a tuple of (kinds, "
+        f"repeats) with kinds from {MIXERS} and repeats >= 1, like "
+        '((("attn", "gdn"), 2),)'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class SleepConfig:
+  """When and how long the model sleeps (paper, Algorithm 1)."""
+
+  # N: passes over a window before it is evicted; 1 is the ordinary hybrid.
+  passes: int = 2
+  # L: tokens between evictions.
+  window_length: int = 32
+
+  def violations(self):
+    if self.passes < 1:
+      yield f"sleep.passes = {self.passes}: N must be at least 1"
+    if self.window_length < 1:
+      yield f"sleep.window_length = {self.window_length}: must be at least 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """How examples become rows of tokens."""
+
+  # T: tokens a row, the answer marker and the answer included.
+  length: int = 68
+  # Start every answer at a window's start (the context is padded on its left
+  # to whole windows), as Depo does; False packs rows from their start, so that
+  # the last window holds what is left of the context, and the answer.
+  align_answer: bool = True
+  # Rows of a training batch, over all processes.
+  batch_size: int = 64
+  # "words" (the task's own symbols), "characters", or the path of a
+  # tokenizer.json.
+  tokenizer: str = "words"
+  # A JSONL file of problems to read in place of the generator ("" = generate).
+  path: str = ""
+  # Seed of the examples and of their order.
+  seed: int = 0
+
+  def violations(self):
+    if self.batch_size < 1:
+      yield f"data.batch_size = {self.batch_size}: must be at least 1"
+    if self.length < 2:
+      yield f"data.length = {self.length}: must be at least 2"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Muon for matrices, AdamW for the rest, one schedule for both."""
+
+  # Peak rates of the two groups (paper: 2e-3 from scratch, and 5e-5).
+  muon_learning_rate: float = 2e-3
+  adamw_learning_rate: float = 5e-5
+  # Decoupled: each step takes learning rate x weight_decay off a parameter.
+  weight_decay: float = 1e-4
+  # Shares of the steps spent warming up (linear) and decaying (cosine).
+  warmup_fraction: float = 0.005
+  decay_fraction: float = 0.6
+  # Largest global norm of the gradient.
+  clip_norm: float = 1.0
+  # Parts that a batch is cut into; their gradients are summed.
+  accumulation_steps: int = 1
+
+  def violations(self):
+    for name in ("muon_learning_rate", "adamw_learning_rate", "clip_norm"):
+      if not getattr(self, name) > 0:
+        yield f"optimizer.{name} = {getattr(self, name)}: must be positive"
+    if self.weight_decay < 0:
+      yield f"optimizer.weight_decay = {self.weight_decay}: must not be negative"
+    fractions = self.warmup_fraction, self.decay_fraction
+    if min(fractions) < 0 or sum(fractions) > 1:
+      yield (
+        f"optimizer.warmup_fraction, decay_fraction = {fractions}: must not be "
+        "negative and must sum to at most 1"
+      )
+    if self.accumulation_steps < 1:
+      yield (
+        f"optimizer.accumulation_steps = {self.accumulation_steps}: must be at "
+        "least 1"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """How long to train, and what to write down on the way."""
+
+  # Optimizer steps; 0 only judges.
+  steps: int = 1000
+  # Seed of the initial parameters.
+  seed: int = 0
+  # Steps between two evaluations, checkpoints, lines of metrics.
+  evaluate_every: int = 500
+  checkpoint_every: int = 500
+  log_every: int = 50
+  # Held-out examples judged at the end; a quarter of them on the way.
+  evaluation_examples: int = 2048
+  # Rows of an evaluation batch.
+  evaluation_batch_size: int = 256
+  # Parameters to start from: a workdir, a checkpoint or an exported folder.
+  init_from: str = ""
+  # Also write TensorBoard event files.
+  tensorboard: bool = False
+
+  def violations(self):
+    for name, least in dict(
+      steps=0,
+      evaluate_every=1,
+      checkpoint_every=1,
+      log_every=1,
+      evaluation_examples=1,
+      evaluation_batch_size=1,
+    ).items():
+      if getattr(self, name) < least:
+        yield f"run.{name} = {getattr(self, name)}: must be at least {least}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+  """All of the above, and the task's own settings."""
+
+  task: GsmInfiniteConfig | Rule110Config = GsmInfiniteConfig()
+  model: ModelConfig = ModelConfig()
+  sleep: SleepConfig = SleepConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  run: RunConfig = RunConfig()
+
+  def violations(self):
+    """Yields a line for each thing that is wrong."""
+    for section in (self.model, self.sleep, self.data, self.optimizer, self.run):
+      yield from section.violations()
+    length, window = self.data.length, self.sleep.window_length
+    if self.data.align_answer and length >= 2 and window >= 1:
+      whole = (length - 1) // window * window
+      if not whole:
+        yield (
+          f"data.length = {length}: with data.align_answer at least one whole "
+          f"window of sleep.window_length = {window} must fit before the "
+          f"answer; set data.length above {window}"
+        )
+    parts = self.optimizer.accumulation_steps
+    if parts > 0 and self.data.batch_size % parts:
+      yield (
+        f"data.batch_size = {self.data.batch_size}: must be a multiple of "
+        f"optimizer.accumulation_steps = {parts}"
+      )
+
+
+def to_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
+  """The same settings as a `ConfigDict`, open to overrides of equal type."""
+  return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def from_config_dict(config: Any) -> ExperimentConfig:
+  """The checked `ExperimentConfig` of a `ConfigDict` or nested dict.
+
+  Raises:
+    ValueError: unknown or missing leaves, or values out of bounds; one line
+      that names every violation.
+  """
+  config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+  sections = {field.name for field in dataclasses.fields(ExperimentConfig)}
+  problems = [f"unknown section {name!r}" for name in config.keys() - sections]
+  problems += [f"missing section {name!r}" for name in sections - config.keys()]
+  if problems:
+    raise ValueError("bad config: " + "; ".join(sorted(problems)))
+  task_name = config["task"].get("name")
+  if task_name not in TASKS:
+    raise ValueError(
+      f"bad config: task.name = {task_name!r}: one of {sorted(TASKS)}"
+    )
+  classes = {
+    field.name: field.type for field in dataclasses.fields(ExperimentConfig)
+  } | {"task": TASKS[task_name][0]}
+  built = {}
+  for name, section_class in classes.items():
+    leaves = {field.name for field in dataclasses.fields(section_class)}
+    given = config[name]
+    problems += [f"unknown leaf {name}.{x}" for x in given.keys() - leaves]
+    problems += [f"missing leaf {name}.{x}" for x in leaves - given.keys()]
+    if given.keys() == leaves:
+      try:
+        built[name] = section_class(**given)
+      except ValueError as error:
+        problems += [f"{name}.{line}" for line in str(error).splitlines()]
+  if not problems:
+    experiment = ExperimentConfig(**built)
+    problems = list(experiment.violations())
+  if problems:
+    raise ValueError("bad config: " + "; ".join(problems))
+  return experiment

@@ -1,0 +1,1 @@
+"""From tasks to batches: tokenizers and the input pipeline."""

@@ -1,0 +1,243 @@
+"""Batches of tokens from a task: examples laid out in rows of equal length."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from sleep_jax.data.tokenizers import Tokenizer
+from sleep_jax.tasks.base import Task
+
+_Array: TypeAlias = np.ndarray | jax.Array
+
+
+class Batch(NamedTuple):
+  """Rows of tokens, on the host or on devices.
+
+  Attributes:
+    inputs: token ids.
+    targets: in the prediction part, the token to be predicted there.
+    loss_mask: True in the prediction part: where a target counts.
+    valid: False where a place is padding.
+    depth: `Example.depth` of each row.
+    mode: `Example.mode` of each row, as an index into `Task.modes`.
+  """
+
+  inputs: Int32[_Array, "B T"]
+  targets: Int32[_Array, "B T"]
+  loss_mask: Bool[_Array, "B T"]
+  valid: Bool[_Array, "B T"]
+  depth: Int32[_Array, "B"]
+  mode: Int32[_Array, "B"]
+
+
+def lay_out(
+  context_ids: Sequence[int],
+  answer_ids: Sequence[int],
+  tokenizer: Tokenizer,
+  length: int,
+  window_length: int,
+  align_answer: bool,
+) -> tuple[
+  Int32[np.ndarray, "T"],
+  Int32[np.ndarray, "T"],
+  Bool[np.ndarray, "T"],
+  Bool[np.ndarray, "T"],
+]:
+  """(inputs, targets, loss_mask, valid) of one example.
+
+  The context is followed by the prediction part, whose inputs are
+  [marker, y0, y1, ...] and whose targets are [y0, y1, ..., end].
+
+  Paper: an ordinary shift would predict y0 from the last token of the context,
+  whose window would then not be one without loss, and so never sleep.
+
+  Args:
+    context_ids: what is read before waking.
+    answer_ids: y0, y1, ...
+    tokenizer: gives the special tokens.
+    length: T.
+    window_length: L.
+    align_answer: pad the context on its left to as many whole windows as leave
+      room, so that the prediction part starts a window; else the row starts
+      with the context. What is left of the row is padding.
+
+  Raises:
+    ValueError: the example does not fit the row, or its prediction part does
+      not fit a window.
+  """
+  context, answer = len(context_ids), len(answer_ids)
+  if answer + 1 > window_length:
+    raise ValueError(
+      f"an answer of {answer} tokens and its marker exceed window_length = "
+      f"{window_length}: set it to at least {answer + 1}"
+    )
+  start = context
+  if align_answer:
+    before = (length - 1) // window_length
+    start = max(before, math.ceil(context / window_length)) * window_length
+  stop = start + answer + 1
+  if stop > length:
+    raise ValueError(
+      f"a context of {context} tokens, the marker and an answer of {answer} do "
+      f"not fit length = {length} with window_length = {window_length}: set "
+      f"length to at least {stop}"
+    )
+  inputs = np.full(length, tokenizer.pad_id, np.int32)
+  inputs[start - context : start] = context_ids
+  inputs[start] = tokenizer.marker_id
+  inputs[start + 1 : stop] = answer_ids
+  targets = np.full(length, tokenizer.pad_id, np.int32)
+  targets[start : stop - 1] = answer_ids
+  targets[stop - 1] = tokenizer.end_id
+  loss_mask = np.zeros(length, np.bool_)
+  loss_mask[start:stop] = True
+  valid = np.zeros(length, np.bool_)
+  valid[start - context : stop] = True
+  return inputs, targets, loss_mask, valid
+
+
+def train_iterator(
+  task: Task,
+  tokenizer: Tokenizer,
+  *,
+  length: int,
+  window_length: int,
+  align_answer: bool,
+  batch_size: int,
+  seed: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+  """This process's rows of the endless sequence of training batches.
+
+  Row r of global batch s is example s * batch_size + r of the split "train",
+  whatever the number of processes; each makes its own contiguous rows only. A
+  finite split is shuffled anew for each round. `get_state` and `set_state` of
+  the iterator tell and set the exact position.
+
+  Args:
+    task: gives the examples.
+    tokenizer: turns them into tokens.
+    length: T.
+    window_length: L.
+    align_answer: see `lay_out`.
+    batch_size: rows of a global batch.
+    seed: order of a finite split.
+    process_index: which rows: those of this process.
+    process_count: number of processes that share a batch.
+
+  Raises:
+    ValueError: `batch_size` is not a multiple of `process_count`; on iterating,
+      an example does not fit (`lay_out`).
+  """
+  rows = _rows_per_process(batch_size, process_count)
+  make_row = _row_maker(
+    task, "train", tokenizer, length, window_length, align_answer
+  )
+  size = task.size("train")
+  if size is None:
+    indices = grain.MapDataset.range(sys.maxsize)
+  else:
+    indices = grain.MapDataset.range(size).shuffle(seed).repeat()
+  batches = indices.map(make_row).batch(rows, batch_fn=_stack)
+  # One thread works ahead: more would only take turns at running Python.
+  return iter(
+    batches[process_index::process_count].to_iter_dataset(
+      grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    )
+  )
+
+
+def eval_batches(
+  task: Task,
+  tokenizer: Tokenizer,
+  split: str,
+  count: int,
+  *,
+  length: int,
+  window_length: int,
+  align_answer: bool,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[Batch]:
+  """This process's rows of the batches of a split's first `count` examples.
+
+  Every batch has `batch_size` rows over all processes. The last one is filled
+  up with rows of padding alone: their `valid` and `loss_mask` are False
+  throughout, their `depth` and `mode` 0.
+
+  Args: as those of `train_iterator`.
+
+  Raises:
+    ValueError: the split has fewer than `count` examples, or as
+      `train_iterator`.
+  """
+  rows = _rows_per_process(batch_size, process_count)
+  size = task.size(split)
+  if size is not None and count > size:
+    raise ValueError(
+      f"{count} examples asked of split {split!r}, which has {size}: ask for "
+      f"at most {size}"
+    )
+  make_row = _row_maker(
+    task, split, tokenizer, length, window_length, align_answer
+  )
+  pad = np.full(length, tokenizer.pad_id, np.int32)
+  unused, zero = np.zeros(length, np.bool_), np.zeros((), np.int32)
+  padding = Batch(pad, pad, unused, unused, zero, zero)
+
+  def make_batch(start):
+    indices = range(start, start + rows)
+    return _stack([make_row(i) if i < count else padding for i in indices])
+
+  return (
+    make_batch(start + rows * process_index)
+    for start in range(0, count, batch_size)
+  )
+
+
+def _rows_per_process(batch_size: int, process_count: int) -> int:
+  if batch_size % process_count:
+    raise ValueError(
+      f"batch_size = {batch_size} cannot be shared by {process_count} "
+      "processes: make it a multiple"
+    )
+  return batch_size // process_count
+
+
+def _row_maker(
+  task: Task,
+  split: str,
+  tokenizer: Tokenizer,
+  length: int,
+  window_length: int,
+  align_answer: bool,
+) -> Callable[[int], Batch]:
+  """The function from an index to that example as a row (a batch without B)."""
+  modes = list(task.modes)
+
+  def make_row(index):
+    example = task.example(split, index)
+    arrays = lay_out(
+      tokenizer.encode(example.context),
+      tokenizer.encode(example.answer),
+      tokenizer,
+      length,
+      window_length,
+      align_answer,
+    )
+    mode = modes.index(example.mode)
+    return Batch(*arrays, *np.array([example.depth, mode], np.int32))
+
+  return make_row
+
+
+def _stack(rows: Sequence[Batch]) -> Batch:
+  return Batch(*(np.stack(column) for column in zip(*rows, strict=True)))

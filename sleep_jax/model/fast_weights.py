@@ -1,0 +1,109 @@
+"""Fast weights: the Gated DeltaNet layer, whose state S survives eviction."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gated_delta.api import gated_delta_rule
+from sleep_jax.array_types import FastWeights, Hidden, Mask
+from sleep_jax.model import layers
+
+# Of the l2 norm of q and k, and of the gated norm of the output (fla's
+# layer defaults; these are not the model's norm_eps).
+KEY_NORM_EPS = 1e-6
+OUTPUT_NORM_EPS = 1e-5
+
+
+def init_fast_weights(config, batch_size: int):
+  """The start state of `HybridLM`: zeros (paper, Algorithm 1, line 1).
+
+  A tuple over the pattern's groups of tuples over a group's blocks: None for
+  attention, [R, B, H, K, V] for fast weights, in the parameters' dtype.
+  """
+  _, dtype = layers.dtypes(config)
+
+  def state(kind, repeats):
+    if kind == "attn":
+      return None
+    shape = (config.fast_weight_heads, config.key_dim, config.value_dim)
+    return jnp.zeros((repeats, batch_size, *shape), dtype)
+
+  return tuple(
+    tuple(state(kind, repeats) for kind in kinds)
+    for kinds, repeats in config.pattern
+  )
+
+
+def l2_normalise(x):
+  """x / sqrt(sum x^2 + eps) over the last axis."""
+  return x * jax.lax.rsqrt(
+    jnp.sum(jnp.square(x), axis=-1, keepdims=True) + KEY_NORM_EPS
+  )
+
+
+def init_decay_rate(key, shape, dtype):
+  """A_log = log A with A uniform in (0, 16)."""
+  return jnp.log(jax.random.uniform(key, shape, dtype, 1e-6, 16.0))
+
+
+def init_time_step(key, shape, dtype):
+  """The inverse softplus of dt, log-uniform in (1e-3, 1e-1)."""
+  low, high = jnp.log(1e-3), jnp.log(1e-1)
+  dt = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
+  return dt + jnp.log(-jnp.expm1(-dt))
+
+
+class GatedDeltaNet(nn.Module):
+  """Gated DeltaNet: short convolutions, delta rule, gated norm.
+
+  S <- a S (I - b k k^T) + b v k^T with a, b, k, v computed from x (paper,
+  section 3). A padded place writes nothing and decays nothing.
+  """
+
+  config: object
+
+  @nn.compact
+  def __call__(
+    self, x: Hidden, state: FastWeights, valid: Mask
+  ) -> tuple[Hidden, FastWeights]:
+    config = self.config
+    heads, batch_and_length = config.fast_weight_heads, x.shape[:2]
+    compute, parameters = layers.dtypes(config)
+
+    def project(name, dim):
+      y = layers.dense(config, heads * dim, f"{name}_proj")(x)
+      return layers.clear_padding(y, valid)
+
+    def convolve(name, dim):
+      y = layers.ShortConvolution(
+        config.convolution_size, parameters, name=f"{name}_conv"
+      )(project(name, dim))
+      return y.reshape(*batch_and_length, heads, dim)
+
+    q = l2_normalise(convolve("q", config.key_dim))
+    k = l2_normalise(convolve("k", config.key_dim))
+    v = convolve("v", config.value_dim)
+    beta = jax.nn.sigmoid(layers.dense(config, heads, "b_proj")(x))
+    decay_rate = self.param("A_log", init_decay_rate, (heads,), parameters)
+    time_bias = self.param("dt_bias", init_time_step, (heads,), parameters)
+    time_step = layers.dense(config, heads, "a_proj")(x).astype(parameters)
+    g = -jnp.exp(decay_rate)[None, None] * jax.nn.softplus(
+      time_step + time_bias[None, None]
+    )
+    o, state = gated_delta_rule(
+      q,
+      k,
+      v,
+      layers.clear_padding(g, valid),
+      layers.clear_padding(beta.astype(parameters), valid),
+      state,
+    )
+    gate = layers.dense(config, heads * config.value_dim, "g_proj")(x)
+    o = nn.RMSNorm(
+      epsilon=OUTPUT_NORM_EPS,
+      dtype=compute,
+      param_dtype=parameters,
+      name="o_norm",
+    )(o)
+    o = o.reshape(gate.shape) * jax.nn.silu(gate)
+    return layers.dense(config, config.width, "o_proj")(o), state

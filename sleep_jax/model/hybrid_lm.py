@@ -1,0 +1,55 @@
+"""The hybrid language model: embedding, blocks, head."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from sleep_jax.array_types import Hidden, Logits, Mask, Tokens
+from sleep_jax.model import blocks, layers
+
+
+class HybridLM(nn.Module):
+  """Attention and fast-weight blocks in any stated pattern.
+
+  The state (see `fast_weights.init_fast_weights`) goes in and comes out of
+  `blocks`; parameters never hold it. Sleep calls the three parts apart, and
+  `__call__` is the ordinary forward pass over one window.
+  """
+
+  config: object
+  vocabulary_size: int
+
+  def setup(self):
+    compute, parameters = layers.dtypes(self.config)
+    self.embedding = nn.Embed(
+      self.vocabulary_size,
+      self.config.width,
+      dtype=compute,
+      param_dtype=parameters,
+    )
+    self.groups = [
+      blocks.repeated(self.config, kinds, repeats, f"group_{i}")
+      for i, (kinds, repeats) in enumerate(self.config.pattern)
+    ]
+    self.final_norm = layers.norm(self.config)
+    self.head = layers.dense(self.config, self.vocabulary_size, "head")
+
+  def embed(self, tokens: Tokens) -> Hidden:
+    """Token embeddings."""
+    return self.embedding(tokens)
+
+  def blocks(self, h: Hidden, state: tuple, valid: Mask):
+    """(h, state) after one pass; padded places neither read nor write."""
+    new_state = []
+    for group, group_state in zip(self.groups, state, strict=True):
+      h, group_state = group(h, group_state, valid)
+      new_state.append(group_state)
+    return h, tuple(new_state)
+
+  def logits(self, h: Hidden) -> Logits:
+    """OutProj of equation (6), in the parameters' dtype."""
+    _, parameters = layers.dtypes(self.config)
+    return self.head(self.final_norm(h)).astype(parameters)
+
+  def __call__(self, tokens: Tokens, state: tuple, valid: Mask):
+    h, state = self.blocks(self.embed(tokens), state, valid)
+    return self.logits(h), state

@@ -1,0 +1,90 @@
+"""Layers that every block shares."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sleep_jax.array_types import Hidden, Mask
+
+
+def dtypes(config):
+  """(compute dtype, parameter dtype) of a `ModelConfig`."""
+  compute = jnp.dtype(config.compute_dtype)
+  return compute, jnp.promote_types(compute, jnp.float32)
+
+
+def dense(config, features, name):
+  """A linear layer without bias, in the config's dtypes."""
+  compute, parameters = dtypes(config)
+  return nn.Dense(
+    features,
+    use_bias=False,
+    dtype=compute,
+    param_dtype=parameters,
+    name=name,
+  )
+
+
+def norm(config, name=None):
+  """RMSNorm with a learned scale."""
+  compute, parameters = dtypes(config)
+  return nn.RMSNorm(
+    epsilon=config.norm_eps, dtype=compute, param_dtype=parameters, name=name
+  )
+
+
+def rotary(x, theta):
+  """x [B, T, H, d] turned by its position: rotate-half, positions 0..T-1."""
+  half = x.shape[-1] // 2
+  frequencies = theta ** (-jnp.arange(half, dtype=x.dtype) / half)
+  angles = jnp.arange(x.shape[1], dtype=x.dtype)[:, None] * frequencies[None]
+  cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+
+
+class ShortConvolution(nn.Module):
+  """Causal depthwise convolution, then SiLU; the history starts at zero.
+
+  The kernel is [taps, channels]; its last tap meets the current token.
+  """
+
+  taps: int
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Hidden) -> Hidden:
+    kernel = self.param(
+      "kernel",
+      nn.initializers.variance_scaling(1.0, "fan_in", "normal", 1, 0),
+      (self.taps, x.shape[-1]),
+      self.param_dtype,
+    ).astype(x.dtype)
+    length = x.shape[1]
+    padded = jnp.pad(x, ((0, 0), (self.taps - 1, 0), (0, 0)))
+    y = sum(
+      kernel[tap][None, None] * padded[:, tap : tap + length]
+      for tap in range(self.taps)
+    )
+    return jax.nn.silu(y)
+
+
+class SwiGLU(nn.Module):
+  """down(silu(gate(x)) * up(x))."""
+
+  config: object
+
+  @nn.compact
+  def __call__(self, x: Hidden) -> Hidden:
+    gate = dense(self.config, self.config.mlp_width, "gate_proj")(x)
+    up = dense(self.config, self.config.mlp_width, "up_proj")(x)
+    return dense(self.config, self.config.width, "down_proj")(
+      jax.nn.silu(gate) * up
+    )
+
+
+def clear_padding(x: Hidden, valid: Mask) -> Hidden:
+  """x with zeros in the places that are padding."""
+  return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))

@@ -1,0 +1,102 @@
+"""Checks and writes problem files.
+
+python -m sleep_jax.tasks.gsm_infinite check FILE.jsonl
+  says how many answers the solver confirms; exit status 0 if all, 1 if not.
+python -m sleep_jax.tasks.gsm_infinite write FILE.jsonl --count=10000 --ops=2,4
+  writes problems; each field of `GsmInfiniteConfig` is an option.
+Bad input ends either with one line and exit status 2.
+"""
+
+import argparse
+import collections
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from sleep_jax.tasks.gsm_infinite.config import GsmInfiniteConfig
+from sleep_jax.tasks.gsm_infinite.jsonl import read_records, write_problems
+from sleep_jax.tasks.gsm_infinite.solver import Unsolvable, solve
+from sleep_jax.tasks.gsm_infinite.task import GsmInfinite
+
+_MOST_SHOWN = 10
+
+
+def _check(arguments: argparse.Namespace) -> int:
+  counts = collections.Counter(confirmed=0, refuted=0, unsolvable=0)
+  for number, record in enumerate(read_records(arguments.file), start=1):
+    try:
+      answer = solve(record.problem, record.question)
+      verdict = "confirmed" if answer == record.answer else "refuted"
+      detail = f"stated {record.answer}, solved {answer}"
+    except Unsolvable as error:
+      verdict, detail = "unsolvable", str(error)
+    counts[verdict] += 1
+    failed = counts["refuted"] + counts["unsolvable"]
+    if verdict != "confirmed" and failed <= _MOST_SHOWN:
+      print(f"problem {number} {verdict}: {detail}")
+  print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+  return int(counts["confirmed"] < counts.total())
+
+
+def _write(arguments: argparse.Namespace) -> int:
+  if arguments.count < 1:
+    raise ValueError(f"count={arguments.count} is below 1: write one or more")
+  config = GsmInfiniteConfig(
+    **{
+      field.name: getattr(arguments, field.name)
+      for field in dataclasses.fields(GsmInfiniteConfig)
+    }
+  )
+  task = GsmInfinite(config, arguments.seed)
+  write_problems(
+    arguments.file,
+    (task.problem(arguments.split, i) for i in range(arguments.count)),
+  )
+  print(f"{arguments.count} problems written to {arguments.file}")
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m sleep_jax.tasks.gsm_infinite",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  commands = parser.add_subparsers(required=True)
+  check = commands.add_parser("check", help="check the answers of a file")
+  check.set_defaults(run=_check)
+  write = commands.add_parser("write", help="write problems to a file")
+  write.set_defaults(run=_write)
+  for command in (check, write):
+    command.add_argument("file", metavar="FILE.jsonl")
+  write.add_argument("--count", type=int, default=10_000)
+  write.add_argument("--seed", type=int, default=0)
+  write.add_argument("--split", default="train", choices=("train", "heldout"))
+  for field in dataclasses.fields(GsmInfiniteConfig):
+    write.add_argument(
+      f"--{field.name}", type=_reader(field.default), default=field.default
+    )
+  return parser
+
+
+def _reader(default: Any) -> Callable[[str], object]:
+  """What makes a value like the default from an option's text."""
+  if not isinstance(default, tuple):
+    return type(default)
+  item = type(default[0])
+  return lambda text: tuple(item(part) for part in text.split(","))
+
+
+def main() -> int:
+  """The exit status of the command line."""
+  arguments = _parser().parse_args()
+  try:
+    return arguments.run(arguments)
+  except (OSError, ValueError) as error:
+    print(str(error), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,342 @@
+"""Checkpoints: model parameters, training state and data position by step.
+
+A step's folder holds three items: `params` (the model parameters alone, so
+that they can be shipped), `train` (optimizer state, step, RNG key) and `data`
+(where the grain iterator stands). A step counts once its commit_success.txt
+is written, last of all; a run killed while saving leaves a folder without it.
+"""
+
+import os
+import shutil
+from typing import Any, TypeAlias
+
+import grain
+import grain.checkpoint
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
+
+PyTree: TypeAlias = Any
+
+_COMMIT_FILE = "commit_success.txt"
+
+
+class Checkpoints:
+  """The checkpoints of one run, in `workdir`/checkpoints.
+
+  Arrays are copied before `save` returns and written in the background. What
+  goes wrong there is raised by the next `save`, `wait` or `close`.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, keep: int = 2):
+    """Opens the folder; the `keep` newest steps are kept in it."""
+    self._directory = epath.Path(workdir).absolute() / "checkpoints"
+    self._manager = ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+        # By the default protocol an empty folder can be the latest step.
+        atomicity_options=AtomicityOptions(AtomicityMode.COMMIT_FILE),
+      ),
+    )
+    self._unreadable: list[int] = []
+
+  def save(
+    self,
+    step: int,
+    params: PyTree,
+    train: PyTree,
+    iterator: grain.DatasetIterator,
+  ) -> None:
+    """Saves a step; does nothing when that step is the latest already.
+
+    Args:
+      step: how many optimizer steps have been taken.
+      params: the model parameters, arrays.
+      train: all else that training resumes from, arrays; a PRNG key as
+        `jax.random.key_data`.
+      iterator: has handed out the batches of exactly `step` steps.
+
+    Raises:
+      ValueError: a later step is there, not restored from.
+      OSError: this step or the one before it could not be written (the disk
+        is full); earlier steps are unharmed.
+    """
+    self.wait()
+    self._discard_unfinished()
+    for unreadable in self._unreadable:
+      self._manager.delete(unreadable)
+    self._unreadable = []
+    latest = self._manager.latest_step()
+    if latest == step:
+      return
+    if latest is not None and latest > step:
+      raise ValueError(
+        f"step {step} cannot be saved: {self._directory} holds the later step"
+        f" {latest}; resume from it or choose another --workdir"
+      )
+    items = ocp.args.Composite(
+      params=_save_arguments(params),
+      train=_save_arguments(train),
+      data=grain.checkpoint.CheckpointSave(iterator),
+    )
+    try:
+      self._manager.save(step, args=items)
+    except Exception as error:
+      raise self._not_written(error) from error
+
+  def restore_latest(
+    self,
+    params_like: PyTree,
+    train_like: PyTree,
+    iterator: grain.DatasetIterator,
+  ) -> tuple[int, PyTree, PyTree] | None:
+    """Returns (step, params, train) of the newest readable step, if any.
+
+    Steps that are unfinished, truncated or corrupt are passed over with a
+    warning, and the next save replaces them.
+
+    Args:
+      params_like: arrays or `jax.ShapeDtypeStruct`s of the same names, shapes
+        and dtypes; what is restored gets their shardings.
+      train_like: likewise.
+      iterator: is set to where it stood at that step.
+
+    Raises:
+      ValueError: there are finished steps and none can be read.
+    """
+    self.wait()
+    self._unreadable = []
+    self._manager.reload()
+    finished = self._manager.all_steps()
+    reasons = []
+    for step in reversed(_step_folders(self._directory)):
+      folder = self._directory / str(step)
+      if step not in finished:
+        logging.warning("%s was never finished: passed over", folder)
+        continue
+      try:
+        params = _read(folder / "params", params_like)
+        train = _read(folder / "train", train_like)
+        grain.checkpoint.CheckpointHandler().restore(folder / "data", iterator)
+      except Exception as error:  # whatever the libraries raise on bad bytes
+        reasons.append(f"step {step}: {_first_line(error)}")
+        self._unreadable.append(step)
+        logging.warning(
+          "%s cannot be read, falling back to an earlier step: %s",
+          folder,
+          _first_line(error),
+        )
+      else:
+        return step, params, train
+    if reasons:
+      raise ValueError(
+        f"no step in {self._directory} can be restored"
+        f" ({'; '.join(reasons)}): choose another --workdir, or delete it"
+      )
+    return None
+
+  def wait(self) -> None:
+    """Waits until the last save is on disk.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._not_written(error) from error
+
+  def close(self) -> None:
+    """Waits for the last save, then lets go of the folder.
+
+    Raises:
+      OSError: the last save could not be written.
+    """
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+  def _not_written(self, error: Exception) -> OSError:
+    self._manager.reload()
+    # What was half written should not go on filling the disk.
+    self._discard_unfinished()
+    return OSError(
+      f"a checkpoint could not be written in {self._directory}; steps"
+      f" {sorted(self._manager.all_steps())} are complete:"
+      f" {_first_line(error)}"
+    )
+
+  def _discard_unfinished(self) -> None:
+    finished = self._manager.all_steps()
+    for step in _step_folders(self._directory):
+      if step not in finished and jax.process_index() == 0:
+        shutil.rmtree(self._directory / str(step), ignore_errors=True)
+
+
+def restore_params(path: str | os.PathLike, params_like: PyTree) -> PyTree:
+  """Returns the model parameters at `path`, shaped and sharded as the like.
+
+  Args:
+    path: what `export_params` wrote, one step's folder, a checkpoints folder
+      or a workdir (the last two: their newest finished step).
+    params_like: arrays or `jax.ShapeDtypeStruct`s.
+
+  Raises:
+    ValueError: nothing finished and readable is there, or names, shapes or
+      dtypes are not those of `params_like`.
+  """
+  folder = _params_folder(epath.Path(path).absolute())
+  try:
+    return _read(folder, params_like)
+  except Exception as error:  # whatever the libraries raise on bad bytes
+    raise ValueError(
+      f"parameters in {folder} cannot be used: {_first_line(error)}"
+    ) from error
+
+
+def export_params(path: str | os.PathLike, params: PyTree) -> None:
+  """Writes the parameters alone to a new folder, for `restore_params`.
+
+  Raises:
+    ValueError: `path` exists.
+    OSError: it cannot be written.
+  """
+  folder = epath.Path(path).absolute()
+  if folder.exists():
+    raise ValueError(f"{path} exists: choose another path, or delete it")
+  items = _save_arguments(params)
+  try:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+      checkpointer.save(folder, args=items)
+  except Exception as error:
+    raise OSError(
+      f"parameters could not be written to {path}: {_first_line(error)}"
+    ) from error
+  if jax.process_index() == 0:
+    # It says where the folder was written, which is no one else's business.
+    (folder / _COMMIT_FILE).unlink()
+
+
+def _save_arguments(tree: PyTree) -> ocp.args.StandardSave:
+  arrays = _by_name(tree)
+  return ocp.args.StandardSave(
+    arrays, custom_metadata={"checksums": _checksums(arrays)}
+  )
+
+
+def _read(folder: epath.Path, like: PyTree) -> PyTree:
+  """Arrays shaped as `like`; ValueError when they are others or corrupt."""
+  handler = ocp.StandardCheckpointHandler()
+  metadata = handler.metadata(folder)
+  like_by_name = _by_name(like)
+  # Restoring would cast dtypes silently.
+  _check_same_arrays(metadata.tree, like_by_name)
+  arrays = handler.restore(
+    folder,
+    args=ocp.args.StandardRestore(jax.tree.map(_with_sharding, like_by_name)),
+  )
+  for name, checksum in _checksums(arrays).items():
+    if checksum != metadata.custom_metadata["checksums"][name]:
+      raise ValueError(f"{name} is corrupt: its checksum is not the saved one")
+  leaves = [arrays[name] for name in like_by_name]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _by_name(tree: PyTree) -> dict[str, Any]:
+  """Leaves by path, such as "blocks/0/kernel", in the tree's order."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): (
+      leaf
+      if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+      else np.asarray(leaf)
+    )
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }
+
+
+def _check_same_arrays(there: dict[str, Any], like: dict[str, Any]) -> None:
+  def describe(arrays: dict[str, Any], name: str) -> str:
+    if name not in arrays:
+      return "absent"
+    array = arrays[name]
+    return f"{np.dtype(array.dtype).name}{list(array.shape)}"
+
+  for name in sorted(there | like):
+    was, wanted = describe(there, name), describe(like, name)
+    if was != wanted:
+      raise ValueError(f"{name} is {was} there, but the model's is {wanted}")
+
+
+def _with_sharding(leaf: Any) -> Any:
+  if isinstance(leaf, np.ndarray):
+    return leaf
+  sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(
+    jax.local_devices()[0]
+  )
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _checksums(arrays: dict[str, Any]) -> dict[str, Any]:
+  sums = jax.device_get({n: _checksum(array) for n, array in arrays.items()})
+  return {name: int(checksum) for name, checksum in sums.items()}
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+  """A uint32 of the array's bits and their places, however it is sharded.
+
+  Compression keeps no checksum of its own: a flipped bit on disk would come
+  back as another weight. Sums wrap, so their order is free; each weight is
+  odd, so a change of one word always changes the sum.
+  """
+  if array.dtype == bool:
+    array = array.astype(jnp.uint8)
+  word = jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
+  words = jax.lax.bitcast_convert_type(array, word).astype(jnp.uint32)
+  place = jnp.zeros((), jnp.uint32)
+  for axis, size in enumerate(words.shape):
+    along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    place = place * np.uint32(size) + along
+  weight = place * np.uint32(2654435761)
+  weight = (weight ^ (weight >> 15)) | 1
+  return jnp.sum(words * weight, dtype=jnp.uint32)
+
+
+def _params_folder(path: epath.Path) -> epath.Path:
+  """The folder of the `params` item that `path` stands for."""
+  if (path / "_METADATA").exists():
+    return path
+  if (path / "params").exists():
+    if not (path / _COMMIT_FILE).exists():
+      raise ValueError(f"{path} was never finished: choose another step")
+    return path / "params"
+  for folder in (path / "checkpoints", path):
+    for step in reversed(_step_folders(folder)):
+      if (folder / str(step) / _COMMIT_FILE).exists():
+        return folder / str(step) / "params"
+  raise ValueError(
+    f"{path} holds no parameters: give a workdir with a finished step, its"
+    " checkpoints folder, a step's folder or an exported one"
+  )
+
+
+def _step_folders(folder: epath.Path) -> list[int]:
+  if not folder.is_dir():
+    return []
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,63 @@
+"""Judging a model on held-out examples."""
+
+from typing import Any
+
+import numpy as np
+
+from sleep_jax.data.pipeline import Batch
+from sleep_jax.training import judging
+
+
+def evaluate(predict, params, split: str, batches: list[Batch], modes) -> tuple:
+  """(results, mean loss) of a split; `results` as `judging.judge` gives them.
+
+  An answer is right when all its tokens and the end token are the argmax,
+  given the right tokens before them: exactly when greedy decoding writes it
+  (`greedy_decode`), at the cost of one pass.
+
+  Args:
+    predict: from `step.make_predict`.
+    params: the model's parameters.
+    split: its name in the results.
+    batches: the examples; rows without a masked place are padding.
+    modes: the task's modes, which `Batch.mode` indexes.
+  """
+  loss_sum, predictions = 0.0, []
+  for batch in batches:
+    batch_loss, batch_predictions = predict(params, batch)
+    loss_sum += float(batch_loss)
+    predictions.append(np.asarray(batch_predictions))
+  whole = Batch(*(np.concatenate(x) for x in zip(*batches, strict=True)))
+  used = whole.loss_mask.any(axis=1)
+  whole = Batch(*(x[used] for x in whole))
+  results = judging.judge(
+    split,
+    np.concatenate(predictions)[used] == whole.targets,
+    whole.loss_mask,
+    [
+      tuple(targets[mask][:-1].tolist())
+      for targets, mask in zip(whole.targets, whole.loss_mask, strict=True)
+    ],
+    whole.depth,
+    [modes[mode] for mode in whole.mode],
+  )
+  return results, loss_sum / int(whole.loss_mask.sum())
+
+
+def greedy_decode(predict, params, batch: Batch) -> Any:
+  """Tokens [B, T] that the model writes by itself at the masked places.
+
+  The answers in `batch.inputs` are not looked at: from the marker on, each
+  input is the argmax before it.
+  """
+  rank = np.cumsum(batch.loss_mask, axis=1) * batch.loss_mask
+  # The marker (rank 1) stays; what follows is unknown yet.
+  inputs = np.where(rank > 1, 0, batch.inputs)
+  written = np.zeros_like(batch.targets)
+  for place in range(1, rank.max(initial=0) + 1):
+    _, predictions = predict(params, batch._replace(inputs=inputs))
+    here = rank == place
+    written = np.where(here, predictions, written)
+    following = np.roll(here, 1, axis=1) & (rank == place + 1)
+    inputs[following] = np.roll(written, 1, axis=1)[following]
+  return written

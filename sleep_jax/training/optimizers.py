@@ -1,0 +1,121 @@
+"""Muon for matrices, AdamW for the rest, one warmup-stable-decay schedule."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Both from the settings that the paper follows (McLeish et al.).
+ADAMW_BETAS = (0.9, 0.95)
+FINAL_RATE = 1e-3  # of the peak
+
+
+def labels(params):
+  """A tree of "muon" and "adamw": who updates which parameter.
+
+  Muon takes the kernels of the linear layers inside blocks (`*_proj`). AdamW
+  takes the embedding, the head, norms, A_log, dt_bias and the depthwise
+  convolutions, which are no matrices: each channel has taps of its own.
+  """
+
+  def label(path, _):
+    names = [entry.key for entry in path]
+    return "muon" if names[-2].endswith("_proj") else "adamw"
+
+  return jax.tree_util.tree_map_with_path(label, params)
+
+
+def schedule(config, steps: int):
+  """Step -> multiplier: linear warm-up, constant, cosine to FINAL_RATE."""
+  warmup = round(config.warmup_fraction * steps)
+  decay = round(config.decay_fraction * steps)
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(1 / (warmup + 1), 1.0, warmup),
+      optax.constant_schedule(1.0),
+      optax.cosine_decay_schedule(1.0, max(decay, 1), FINAL_RATE),
+    ],
+    [warmup, steps - decay],
+  )
+
+
+def stack_equal_shapes(inner):
+  """`inner`, run over one array for all leaves [R, in, out] of equal shape.
+
+  Newton-Schulz iterations on dozens of separate matrices make a large graph
+  that compiles slowly; stacked, there is one for each shape.
+  """
+
+  def stack(tree):
+    groups = {}
+    for leaf in jax.tree.leaves(tree):
+      groups.setdefault(f"{leaf.shape[1:]}", []).append(leaf)
+    return {shape: jnp.concatenate(group) for shape, group in groups.items()}
+
+  def unstack(stacked, tree):
+    leaves, structure = jax.tree.flatten(tree)
+    taken, out = dict.fromkeys(stacked, 0), []
+    for leaf in leaves:
+      shape = f"{leaf.shape[1:]}"
+      start = taken[shape]
+      taken[shape] = start + leaf.shape[0]
+      out.append(stacked[shape][start : taken[shape]])
+    return jax.tree.unflatten(structure, out)
+
+  def init(params):
+    return inner.init(stack(params))
+
+  def update(updates, state, params=None):
+    stacked, state = inner.update(stack(updates), state, params)
+    return unstack(stacked, updates), state
+
+  return optax.GradientTransformation(init, update)
+
+
+def muon_dimensions(stacked):
+  """Matrices [batch, in, out]: in is summed over, out is written to."""
+  return jax.tree.map(
+    lambda _: optax.contrib.MuonDimensionNumbers(1, 2), stacked
+  )
+
+
+def scale_by_shape(updates, _):
+  """The released Muon's factor for [batch, in, out]: sqrt(max(1, out / in))."""
+  return jax.tree.map(
+    lambda x: max(1.0, x.shape[2] / x.shape[1]) ** 0.5 * x, updates
+  )
+
+
+def optimizer(config, steps: int) -> optax.GradientTransformation:
+  """The whole update of an `OptimizerConfig` over `steps` steps."""
+  multiplier = schedule(config, steps)
+
+  def rate(peak):
+    return lambda step: peak * multiplier(step)
+
+  muon = optax.chain(
+    stack_equal_shapes(
+      optax.chain(
+        optax.contrib.scale_by_muon(weight_dimension_numbers=muon_dimensions),
+        optax.stateless(scale_by_shape),
+      )
+    ),
+    optax.add_decayed_weights(config.weight_decay),
+    optax.scale_by_learning_rate(rate(config.muon_learning_rate)),
+  )
+  adamw = optax.adamw(
+    rate(config.adamw_learning_rate),
+    *ADAMW_BETAS,
+    weight_decay=config.weight_decay,
+    mask=decayed,
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.partition({"muon": muon, "adamw": adamw}, labels),
+  )
+
+
+def decayed(params):
+  """True for embeddings and kernels; norms, A_log and dt_bias keep theirs."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: path[-1].key in ("embedding", "kernel"), params
+  )

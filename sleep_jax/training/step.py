@@ -1,0 +1,113 @@
+"""One optimizer step, and the predictions of a batch, as jitted functions."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sleep_jax.config import ExperimentConfig
+from sleep_jax.data.pipeline import Batch
+from sleep_jax.model.fast_weights import init_fast_weights
+from sleep_jax.model.hybrid_lm import HybridLM
+from sleep_jax.rollout import Rollout, rollout
+
+
+class TrainState(NamedTuple):
+  """Parameters and optimizer state; float32 whatever the compute dtype."""
+
+  params: dict
+  optimizer: optax.OptState
+
+
+def init_params(model: HybridLM, seed: int):
+  """Fresh parameters, from the seed alone."""
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  return model.init(
+    jax.random.key(seed),
+    tokens,
+    init_fast_weights(model.config, 1),
+    jnp.ones((1, 1), bool),
+  )["params"]
+
+
+def run(model: HybridLM, config: ExperimentConfig, params, batch) -> Rollout:
+  """The rollout of a batch under the config's sleep."""
+  return rollout(
+    model,
+    params,
+    batch.inputs,
+    batch.targets,
+    batch.loss_mask,
+    batch.valid,
+    window_length=config.sleep.window_length,
+    passes=config.sleep.passes,
+  )
+
+
+def exact(predictions, targets, loss_mask):
+  """Rows [B] whose masked places are all predicted: exact answers."""
+  return jnp.all((predictions == targets) | ~loss_mask, axis=1)
+
+
+def make_train_step(
+  model: HybridLM,
+  optimizer: optax.GradientTransformation,
+  config: ExperimentConfig,
+):
+  """(state, batch) -> (state, metrics), jitted; the old state is consumed.
+
+  The loss is the mean cross-entropy (nats) over the batch's masked places,
+  also where the batch is cut into `optimizer.accumulation_steps` parts. The
+  metrics are scalars on the device: loss, exact accuracy, gradient norm.
+  """
+  parts = config.optimizer.accumulation_steps
+
+  def loss_sum(params, part):
+    result = run(model, config, params, part)
+    right = exact(result.predictions, part.targets, part.loss_mask)
+    return result.loss_sum, jnp.sum(right)
+
+  def accumulate(params, batch):
+    """(gradients, loss) summed over the batch, and the number of exact rows."""
+    value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
+
+    def add(totals, part):
+      (loss, right), gradients = value_and_grad(params, part)
+      return jax.tree.map(jnp.add, totals, (gradients, loss, right)), None
+
+    cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    first = jax.tree.map(lambda x: x[0], cut)
+    shapes = jax.eval_shape(lambda: value_and_grad(params, first))
+    (loss, right), gradients = shapes
+    totals = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), (gradients, loss, right)
+    )
+    return jax.lax.scan(add, totals, cut)[0]
+
+  def train_step(state: TrainState, batch: Batch):
+    gradients, loss, right = accumulate(state.params, batch)
+    count = jnp.sum(batch.loss_mask)
+    gradients = jax.tree.map(lambda x: x / count, gradients)
+    updates, optimizer_state = optimizer.update(
+      gradients, state.optimizer, state.params
+    )
+    metrics = {
+      "loss": loss / count,
+      "accuracy": right / batch.inputs.shape[0],
+      "grad_norm": optax.global_norm(gradients),
+    }
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, optimizer_state), metrics
+
+  return jax.jit(train_step, donate_argnums=0)
+
+
+def make_predict(model: HybridLM, config: ExperimentConfig):
+  """(params, batch) -> (loss sum, predictions [B, T]), jitted."""
+
+  def predict(params, batch: Batch):
+    result = run(model, config, params, batch)
+    return result.loss_sum, result.predictions
+
+  return jax.jit(predict)

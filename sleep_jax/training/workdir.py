@@ -1,0 +1,95 @@
+"""The folder of one run: config.json, metrics, results, checkpoints."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_NAMED_DIFFERENCES = 4
+
+
+def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Path:
+  """Returns the folder of a run, created and holding `config` in config.json.
+
+  A folder that already holds the same config is opened again, to resume.
+
+  Args:
+    path: the folder.
+    config: the run's whole config as JSON can hold it; tuples are lists.
+
+  Raises:
+    ValueError: the folder cannot be created or written, or it holds a run
+      with another config.
+  """
+  workdir = Path(path)
+  config_path = workdir / "config.json"
+  text = json.dumps(config, indent=2) + "\n"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if config_path.exists():
+      _check_same_config(
+        workdir, config_path.read_text("utf-8", "replace"), text
+      )
+    # Also when the config is already there: a folder that cannot be written
+    # should be found out now, not at the first checkpoint.
+    write_atomically(config_path, text)
+  except OSError as error:
+    raise ValueError(
+      f"--workdir={workdir} cannot be written ({error.strerror}):"
+      " choose another --workdir"
+    ) from error
+  return workdir
+
+
+def write_atomically(path: str | os.PathLike, text: str) -> None:
+  """Writes the file whole or leaves it as it was.
+
+  Raises:
+    OSError: the disk is full, or the folder cannot be written.
+  """
+  path = Path(path)
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(temporary, "w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _check_same_config(workdir: Path, old_text: str, new_text: str) -> None:
+  try:
+    old = _leaves(json.loads(old_text))
+  except ValueError as error:
+    raise ValueError(
+      f"{workdir}/config.json is not JSON: choose another --workdir, or"
+      " delete this one"
+    ) from error
+  new = _leaves(json.loads(new_text))
+  differences = [
+    f"{name}: {was!r} there, {now!r} now"
+    for name in sorted(old | new)
+    if (was := old.get(name, "absent")) != (now := new.get(name, "absent"))
+  ]
+  if not differences:
+    return
+  named = "; ".join(differences[:_NAMED_DIFFERENCES])
+  if len(differences) > _NAMED_DIFFERENCES:
+    named += f"; and {len(differences) - _NAMED_DIFFERENCES} more"
+  raise ValueError(
+    f"--workdir={workdir} holds a run with another config ({named}):"
+    " choose another --workdir, or delete this one"
+  )
+
+
+def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+  """Dotted path -> value; a list and an empty section are leaves too."""
+  if not isinstance(config, dict) or not config:
+    return {prefix: config}
+  leaves: dict[str, Any] = {}
+  for name, value in config.items():
+    leaves |= _leaves(value, f"{prefix}.{name}" if prefix else name)
+  return leaves

@@ -1,0 +1,176 @@
+"""The figures show the numbers they were given, and end up as PNGs."""
+
+import builtins
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import figures
+
+pytest.importorskip("matplotlib")
+from matplotlib.image import imread  # noqa: E402
+
+
+def scores(accuracy, interval, floor):
+  return {"accuracy": accuracy, "interval": interval, "floor": floor}
+
+
+def results(shift=0.0):
+  return {
+    "heldout": {
+      "depth": {
+        "2": scores(0.8 + shift, [0.7 + shift, 0.9 + shift], 0.3),
+        "10": scores(0.0, [0.0, 0.2], 0.1),
+      }
+    },
+    "deeper": {"depth": {"16": scores(0.5, [0.45, 0.6], 0.25)}},
+  }
+
+
+def write_metrics(path, losses, every=10):
+  lines = [
+    {"step": every * (i + 1), "loss": loss, "accuracy": loss}
+    for i, loss in enumerate(losses)
+  ]
+  lines.insert(1, {"step": every, "eval/heldout/loss": 9.0})
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return path
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+  """The figures that are drawn, also saved as always."""
+  saved = []
+  save = figures._save
+
+  def keep(figure, path):
+    saved.append(figure)
+    save(figure, path)
+
+  monkeypatch.setattr(figures, "_save", keep)
+  return saved
+
+
+def legend(figure):
+  return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_accuracy_by_depth_shows_points_intervals_and_floors(drawn, tmp_path):
+  figures.accuracy_by_depth(
+    {"N=1": [results()], "N=2": [results(0.05), results(0.1)]},
+    tmp_path / "a.png",
+  )
+  heldout, deeper = drawn[0].axes
+  assert heldout.get_title(loc="left") == "heldout"
+  assert deeper.get_title(loc="left") == "deeper"
+  assert heldout.get_xlabel() == "depth"
+  assert heldout.get_ylabel() == "exact accuracy"
+  # 10 is right of 2, not between 1 and 2 as text would have it.
+  assert [t.get_text() for t in heldout.get_xticklabels()] == ["2", "10"]
+  points = [bars.lines[0].get_xydata() for bars in heldout.containers]
+  assert [run[:, 1].tolist() for run in points] == [
+    pytest.approx([0.8, 0.0]),
+    pytest.approx([0.85, 0.0]),
+    pytest.approx([0.9, 0.0]),
+  ]
+  # Beside each other and nearer to their own depth than to the next.
+  beside = [run[0, 0] for run in points]
+  assert -0.5 < beside[0] < beside[1] < beside[2] < 0.5
+  bars = heldout.containers[0].lines[2][0].get_segments()
+  np.testing.assert_allclose(bars[0][:, 1], [0.7, 0.9])
+  np.testing.assert_allclose(bars[1][:, 1], [0.0, 0.2])
+  floors = [
+    line.get_segments()
+    for line in heldout.collections
+    if line.get_label() == "best constant answer"
+  ]
+  assert [line[0, 1] for line in floors[0]] == [0.3, 0.1]
+  seeds = [bars.lines[0].get_color() for bars in heldout.containers]
+  assert seeds[0] != seeds[1] == seeds[2]
+  assert legend(drawn[0]) == ["N=1", "N=2", "best constant answer"]
+
+
+def test_training_curves_show_each_seed_and_their_mean(drawn, tmp_path):
+  seeds = [
+    write_metrics(tmp_path / "0", [0.9, 0.6, 0.3]),
+    write_metrics(tmp_path / "1", [0.7, 0.2]),  # not as far yet
+  ]
+  other = write_metrics(tmp_path / "2", [0.5, None, 0.1])
+  figures.training_curves(
+    {"N=1": seeds, "N=2": [other]}, tmp_path / "curves.png"
+  )
+  loss, accuracy = drawn[0].axes
+  assert loss.get_ylabel() == "training loss"
+  assert accuracy.get_ylabel() == "training accuracy"
+  first, second, mean, alone = [line.get_xydata() for line in loss.lines]
+  np.testing.assert_allclose(first, [(10, 0.9), (20, 0.6), (30, 0.3)])
+  np.testing.assert_allclose(second, [(10, 0.7), (20, 0.2)])
+  np.testing.assert_allclose(mean, [(10, 0.8), (20, 0.4)])
+  np.testing.assert_allclose(alone, [(10, 0.5), (20, np.nan), (30, 0.1)])
+  np.testing.assert_allclose(accuracy.lines[2].get_ydata(), [0.8, 0.4])
+  assert legend(drawn[0]) == ["N=1", "N=2"]
+
+
+def test_the_command_draws_both_figures(tmp_path, monkeypatch, capsys):
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "results.json").write_text(json.dumps(results()))
+    write_metrics(tmp_path / name / "metrics.jsonl", [0.9, 0.6, 0.3])
+  monkeypatch.setattr(
+    sys,
+    "argv",
+    [
+      "figures",
+      f"--workdirs={tmp_path}/a,{tmp_path}/b",
+      "--labels=N=1,N=2",
+      f"--out={tmp_path}/out",
+    ],
+  )
+  figures.main()
+  paths = capsys.readouterr().out.split()
+  assert [path.rsplit("/", 1)[1] for path in paths] == [
+    "accuracy_by_depth.png",
+    "training_curves.png",
+  ]
+  for path in paths:
+    image = imread(path)[..., :3]
+    assert image.shape[0] > 400 and image.shape[1] > 800
+    blue = np.abs(image - [0, 0x72 / 255, 0xB2 / 255]).max(axis=-1) < 0.02
+    assert blue.any()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--workdirs=a,b", "--labels=x", "--out=o"], "2 --workdirs but 1"),
+    (["--workdirs=nowhere", "--out=o"], "nowhere has no metrics.jsonl"),
+  ],
+)
+def test_the_command_says_what_is_missing(
+  monkeypatch, capsys, arguments, message
+):
+  monkeypatch.setattr(sys, "argv", ["figures", *arguments])
+  with pytest.raises(SystemExit):
+    figures.main()
+  assert message in capsys.readouterr().err
+
+
+def test_more_labels_than_colours_are_refused(tmp_path):
+  many = {f"N={n}": [results()] for n in range(7)}
+  with pytest.raises(ValueError, match="7 labels"):
+    figures.accuracy_by_depth(many, tmp_path / "a.png")
+
+
+def test_without_matplotlib_there_is_a_clear_error(tmp_path, monkeypatch):
+  real_import = builtins.__import__
+
+  def refuse(name, *args, **kwargs):
+    if name.startswith("matplotlib"):
+      raise ImportError(name)
+    return real_import(name, *args, **kwargs)
+
+  monkeypatch.setattr(builtins, "__import__", refuse)
+  with pytest.raises(ValueError, match="matplotlib: pip install"):
+    figures.accuracy_by_depth({"N=1": [results()]}, tmp_path / "a.png")

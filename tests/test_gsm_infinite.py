@@ -1,0 +1,656 @@
+import collections
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from sleep_jax.tasks.gsm_infinite import (
+  GsmInfinite,
+  GsmInfiniteConfig,
+  GsmInfiniteFile,
+  split_words,
+)
+from sleep_jax.tasks.gsm_infinite.draws import Draws
+from sleep_jax.tasks.gsm_infinite.solver import (
+  Unsolvable,
+  count_operations,
+  solve,
+)
+from sleep_jax.tasks.gsm_infinite.themes import THEMES
+
+OPS = tuple(range(1, 9))
+POCKET = GsmInfiniteConfig(
+  style="terse",
+  ops=(1, 2, 3, 4),
+  max_places=3,
+  max_things=3,
+  max_value=20,
+  distractors=4,
+)
+KINDS = [
+  pytest.param(style, layers, mode, id=f"{style}-{layers}-{mode}")
+  for style in ("prose", "terse")
+  for layers in (2, 3)
+  for mode in ("forward", "reverse")
+]
+
+
+def kind(style, layers, mode, **settings):
+  return GsmInfiniteConfig(
+    style=style, layers=(layers,), modes=(mode,), **settings
+  )
+
+
+def sentences(problem):
+  """The statements of a text in either style."""
+  end = r"(?<= \.) " if problem.endswith(" .") else r"(?<=\.) (?=The )"
+  return re.split(end, problem)
+
+
+def left_side(sentence):
+  return re.split(r" (?:equals|=|>|is|exists)[ ,]", sentence)[0]
+
+
+def canonical(problem):
+  return (problem.question, *sorted(sentences(problem.problem)))
+
+
+def confirm(task, count, split="train"):
+  for index in range(count):
+    problem = task.problem(split, index)
+    text = problem.problem, problem.question
+    assert solve(*text) == problem.answer, problem
+    assert count_operations(*text) == problem.op, problem
+    assert 0 <= problem.answer <= task.config.max_value
+    assert problem.solution.endswith(f"Answer: {problem.answer}.")
+
+
+# --- answers and operations ---
+
+
+@pytest.mark.parametrize("style, layers, mode", KINDS)
+def test_solver_confirms_answers_and_operations(style, layers, mode):
+  confirm(GsmInfinite(kind(style, layers, mode), seed=1), 200)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"max_value": 4},
+    {"max_value": 20, "distractors": 3},
+    {"max_places": 1, "max_things": 5},
+    {"max_places": 5, "max_things": 1},
+    {"min_tokens": 400, "max_tokens": 900},
+    {"style": "terse", "min_tokens": 100, "max_tokens": 300},
+    {"style": "terse", "max_tokens": 60},
+  ],
+)
+def test_solver_confirms_special_settings(settings):
+  config = GsmInfiniteConfig(**{"layers": (2, 3), "ops": (1, 2, 5), **settings})
+  confirm(GsmInfinite(config, seed=2), 100)
+  confirm(GsmInfinite(config, seed=2), 10, "heldout")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style, layers, mode", KINDS)
+def test_solver_confirms_ten_thousand(style, layers, mode):
+  config = kind(style, layers, mode)
+  confirm(GsmInfinite(config, seed=3), 1000)
+  long = dataclasses.replace(config, min_tokens=500, max_tokens=2500)
+  confirm(GsmInfinite(long, seed=4), 250)
+
+
+@pytest.mark.parametrize("style, layers, mode", KINDS)
+def test_without_distractors_every_statement_is_needed(style, layers, mode):
+  task = GsmInfinite(kind(style, layers, mode, distractors=0), seed=5)
+  for index in range(60):
+    problem = task.problem("train", index)
+    everything = sentences(problem.problem)
+    for left_out in range(len(everything)):
+      rest = everything[:left_out] + everything[left_out + 1 :]
+      # A total goes on without a thing; what it would then be is wrong.
+      try:
+        answer = solve(" ".join(rest), problem.question)
+      except Unsolvable:
+        continue
+      assert answer != problem.answer or problem.layers == 3
+
+
+def test_operations_modes_and_worlds_are_uniform():
+  task = GsmInfinite(GsmInfiniteConfig(layers=(2, 3)), seed=6)
+  drawn = [task.problem("train", index) for index in range(3000)]
+  for field, values in {
+    "op": OPS,
+    "mode": ("forward", "reverse"),
+    "theme": tuple(THEMES["prose"]),
+    "layers": (2, 3),
+  }.items():
+    counts = collections.Counter(getattr(problem, field) for problem in drawn)
+    assert set(counts) == set(values)
+    expected = len(drawn) / len(values)
+    for count in counts.values():
+      assert abs(count - expected) < 4.5 * expected**0.5
+
+
+def chain(problem):
+  """Length of the longest chain of sentences from the asked one."""
+  operands = {}
+  for sentence in sentences(problem.problem):
+    left, _, right = sentence.removesuffix(" .").partition(" = ")
+    operands[left] = [name.strip(" ()") for name in re.split(r" [-+*] ", right)]
+
+  def depth(name):
+    if name.startswith("total "):
+      inputs = [n for n in operands if n.endswith(name.removeprefix("total"))]
+    else:
+      inputs = operands.get(name, [])
+    return 1 + max(map(depth, inputs), default=-1)
+
+  return depth(problem.question.removeprefix("? ").removesuffix(" ."))
+
+
+def test_graphs_of_one_number_of_operations_differ():
+  config = kind("terse", 2, "forward", ops=(8,), distractors=0)
+  task = GsmInfinite(config, seed=7)
+  drawn = [task.problem("train", index) for index in range(400)]
+  chains = collections.Counter(chain(problem) for problem in drawn)
+  assert {2, 3, 4, 5, 6} <= set(chains)
+  assert max(chains.values()) < 0.5 * len(drawn)
+  statements = collections.Counter(
+    len(sentences(problem.problem)) for problem in drawn
+  )
+  assert len(statements) >= 4
+  text = " ".join(problem.problem for problem in drawn)
+  for sign in ("= 2 * ", "= 2 + ", " - ", "( ", "total"):
+    assert sign in text
+  assert any("total" in problem.question for problem in drawn)
+
+
+def test_three_layers_ask_for_averages_and_totals_of_them():
+  config = kind("terse", 3, "forward", ops=(6,), distractors=0)
+  task = GsmInfinite(config, seed=8)
+  asked = collections.Counter(
+    " ".join(task.problem("train", index).question.split()[1:-2])
+    if "total" in task.problem("train", index).question
+    else task.problem("train", index).question.split()[1]
+    for index in range(300)
+  )
+  assert asked["total"] > 5 and asked["total per"] > 5 and asked["per"] > 50
+
+
+def test_one_operation_looks_up_a_constant():
+  task = GsmInfinite(kind("terse", 2, "forward", ops=(1,)), seed=9)
+  for index in range(50):
+    problem = task.problem("train", index)
+    name = problem.question.removeprefix("? ").removesuffix(" .")
+    assert f"{name} = {problem.answer} ." in sentences(problem.problem)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_the_best_constant_is_seldom_right(layers):
+  # tasks.md's kind of floor: 0.25 at four operations, 0.15 at eight; reverse
+  # problems ask for one of four leaf constants at every number.
+  for mode, op, floor in (
+    ("forward", 2, 0.35),
+    ("forward", 4, 0.27),
+    ("forward", 8, 0.17),
+    ("reverse", 8, 0.35),
+  ):
+    task = GsmInfinite(kind("terse", layers, mode, ops=(op,)), seed=10)
+    answers = collections.Counter(
+      task.problem("train", index).answer for index in range(600)
+    )
+    assert answers.most_common(1)[0][1] < floor * 600
+    if mode == "reverse":
+      assert set(answers) == {1, 2, 3, 4}
+
+
+# --- splits and determinism ---
+
+
+def test_splits_never_share_a_problem():
+  # So small a world that most problems are drawn again and again.
+  config = kind(
+    "terse", 2, "forward", ops=(1, 2), themes=("zoo",), max_places=2
+  )
+  config = dataclasses.replace(config, max_things=1, heldout_fraction=0.25)
+  drawn = {
+    (seed, split): {
+      canonical(task.problem(split, index)) for index in range(1500)
+    }
+    for seed, task in ((s, GsmInfinite(config, s)) for s in (0, 1))
+    for split in ("train", "heldout")
+  }
+  assert len(drawn[0, "train"] & drawn[1, "train"]) > 500
+  assert len(drawn[0, "heldout"] & drawn[1, "heldout"]) > 200
+  for a, b in itertools.product((0, 1), repeat=2):
+    assert not drawn[a, "train"] & drawn[b, "heldout"]
+  share = len(drawn[0, "heldout"]) / sum(
+    len(drawn[0, split]) for split in ("train", "heldout")
+  )
+  assert 0.15 < share < 0.35
+
+
+def test_noise_does_not_move_a_problem_to_the_other_split():
+  config = kind("prose", 2, "forward", ops=(2,), max_places=1, max_things=1)
+  quiet = GsmInfinite(config, seed=11)
+  noisy = GsmInfinite(
+    dataclasses.replace(config, min_tokens=100, max_tokens=200), seed=12
+  )
+  core = {
+    split: {quiet.problem(split, i).problem for i in range(400)}
+    for split in ("train", "heldout")
+  }
+  met = 0
+  for index in range(100):
+    text = sentences(noisy.problem("heldout", index).problem)
+    assert not core["train"] & set(text)
+    met += bool(core["heldout"] & set(text))
+  assert met > 50
+
+
+def test_examples_depend_on_seed_split_and_index_alone():
+  task = GsmInfinite(POCKET, seed=0)
+  example = task.example("train", 7)
+  assert GsmInfinite(POCKET, seed=0).example("train", 7) == example
+  assert GsmInfinite(POCKET, seed=1).example("train", 7) != example
+  assert task.example("heldout", 7) != example
+  assert task.example("train", 8) != example
+
+
+PRINTED = """
+from sleep_jax.tasks.gsm_infinite import GsmInfinite, GsmInfiniteConfig
+for settings in ({"style": "terse"}, {"min_tokens": 500, "max_tokens": 600}):
+  task = GsmInfinite(GsmInfiniteConfig(layers=(2, 3), **settings), seed=5)
+  for split in ("train", "heldout"):
+    for index in range(20):
+      print(task.problem(split, index))
+  print(task.vocabulary)
+"""
+
+
+def test_problems_are_the_same_whatever_the_hash_seed():
+  printed = {
+    subprocess.run(
+      [sys.executable, "-c", PRINTED],
+      env={**os.environ, "PYTHONHASHSEED": hash_seed},
+      check=True,
+      capture_output=True,
+    ).stdout
+    for hash_seed in ("1", "2")
+  }
+  assert len(printed) == 1 and len(printed.pop()) > 10_000
+
+
+def test_problems_stay_the_same_between_releases():
+  task = GsmInfinite(POCKET, seed=0)
+  assert [task.example("train", i).context for i in range(3)] == GOLDEN
+
+
+GOLDEN = []
+
+
+def test_draws_are_fair():
+  draws = Draws("fair")
+  samples = [tuple(draws.sample(range(4), 2)) for _ in range(12_000)]
+  counts = collections.Counter(samples)
+  assert len(counts) == 12
+  assert all(abs(count - 1000) < 150 for count in counts.values())
+  streaks = collections.Counter(draws.streak(2) for _ in range(8000))
+  assert abs(streaks[0] - 4000) < 250 and abs(streaks[2] - 2000) < 250
+
+
+# --- text, length and noise ---
+
+
+def test_context_is_the_question_and_then_the_statements():
+  for style in ("prose", "terse"):
+    task = GsmInfinite(GsmInfiniteConfig(style=style), seed=0)
+    for index in range(20):
+      problem = task.problem("heldout", index)
+      example = task.example("heldout", index)
+      assert example.context == f"{problem.question} {problem.problem}"
+      assert example.answer == str(problem.answer)
+      assert (example.depth, example.mode) == (problem.op, problem.mode)
+  assert task.size("train") is None
+  with pytest.raises(ValueError, match="'test'"):
+    task.example("test", 0)
+
+
+@pytest.mark.parametrize("style", ["prose", "terse"])
+@pytest.mark.parametrize("layers", [(2,), (3,)])
+def test_vocabulary_has_every_word(style, layers):
+  config = GsmInfiniteConfig(style=style, layers=layers, max_value=60)
+  for noise in ({}, {"min_tokens": 200, "max_tokens": 300}):
+    task = GsmInfinite(dataclasses.replace(config, **noise), seed=0)
+    assert len(set(task.vocabulary)) == len(task.vocabulary)
+    words = set()
+    for index in range(300):
+      example = task.example("train", index)
+      words.update(split_words(example.context), split_words(example.answer))
+    assert words <= set(task.vocabulary)
+    if not noise:
+      unused = set(task.vocabulary) - words
+      assert all(word.isdigit() for word in unused)
+
+
+def test_the_pocket_vocabulary_is_small():
+  task = GsmInfinite(dataclasses.replace(POCKET, themes=("zoo",)), seed=0)
+  signs = set("?.=+-*()>") | {"total"}
+  numbers = set(map(str, range(21)))
+  assert signs | numbers < set(task.vocabulary)
+  assert len(task.vocabulary) == len(signs | numbers) + 20
+  for index in range(200):
+    context = task.example("train", index).context
+    assert split_words(context) == context.split(" ")
+
+
+def test_words_end_before_their_punctuation():
+  assert split_words("Pine Ridge. How many (owl's) 3.5 sci-fi, and?") == (
+    "Pine Ridge . How many (owl's) 3.5 sci-fi , and ?".split()
+  )
+
+
+@pytest.mark.parametrize("style", ["prose", "terse"])
+def test_lengths_are_spread_over_the_bounds(style):
+  config = GsmInfiniteConfig(
+    style=style, layers=(2, 3), min_tokens=600, max_tokens=1000
+  )
+  task = GsmInfinite(config, seed=0)
+  lengths = []
+  for index in range(120):
+    context = task.example("train", index).context
+    lengths.append(len(context.split()))
+    # Noise stops at the first statement without room.
+    longest = max(len(s.split()) for s in sentences(context))
+    assert 600 - longest <= lengths[-1] <= 1000
+  assert 760 < sum(lengths) / len(lengths) < 840
+  assert min(lengths) < 680 and max(lengths) > 920
+
+
+def test_max_tokens_alone_bounds_without_noise():
+  free = GsmInfinite(GsmInfiniteConfig(style="terse"), seed=0)
+  config = GsmInfiniteConfig(style="terse", max_tokens=40)
+  bounded = GsmInfinite(config, seed=0)
+  lengths = [
+    [len(task.example("train", i).context.split()) for i in range(300)]
+    for task in (free, bounded)
+  ]
+  assert max(lengths[0]) > 100 and max(lengths[1]) == 40
+
+
+def test_lengths_are_counted_as_told():
+  config = GsmInfiniteConfig(min_tokens=2000, max_tokens=3000)
+  task = GsmInfinite(config, seed=0, count_tokens=len)
+  for index in range(30):
+    assert 1700 < len(task.example("train", index).context) <= 3000
+
+
+def test_distractors_are_at_most_as_many_as_told():
+  counts = {0: set(), 2: set()}
+  for most, met in counts.items():
+    config = kind("terse", 2, "forward", ops=(1,), distractors=most)
+    task = GsmInfinite(config, seed=0)
+    for index in range(100):
+      met.add(len(sentences(task.problem("train", index).problem)) - 1)
+  assert counts[0] == {0} and max(counts[2]) == 2
+
+
+@pytest.mark.parametrize("style, layers, mode", KINDS)
+def test_noise_is_about_other_places_and_never_needed(style, layers, mode):
+  theme = THEMES[style]["zoo"]
+  config = kind(
+    style, layers, mode, themes=("zoo",), min_tokens=400, max_tokens=500
+  )
+  task = GsmInfinite(config, seed=13)
+  noise_words = {*theme.noise_places, *theme.noise_things}
+  found = collections.Counter()
+  for index in range(25):
+    problem = task.problem("train", index)
+    core, noise = [], []
+    for sentence in sentences(problem.problem):
+      place = left_side(sentence)
+      place = place.split()[-1] if style == "terse" else place.split(" in ")[1]
+      (noise if place in theme.noise_places else core).append(sentence)
+    assert len(noise) >= 5
+    assert solve(" ".join(core), problem.question) == problem.answer
+    for text in core:
+      assert not any(word in text for word in noise_words)
+    for text in noise:
+      assert not re.search(r"\d", text)
+      found["average"] += "per " in left_side(text)
+    found["all"] += len(noise)
+    assert len(set(map(left_side, noise))) == len(noise)
+  share = found["average"] / found["all"]
+  assert share == 0 if layers == 2 else 0.4 < share < 0.6
+
+
+def test_names_of_a_world_are_distinct():
+  for style, themes in THEMES.items():
+    for theme in themes.values():
+      core = sum((*theme.places, *theme.things), ())
+      names = (*core, *theme.noise_places, *theme.noise_things)
+      assert len(set(names)) == len(names)
+      assert len(core) == 20
+      assert len(theme.noise_places) == (640 if style == "prose" else 32)
+      assert len(theme.noise_things) == (640 if style == "prose" else 32)
+      assert not {"total", "per"} & set(names)
+
+
+def test_running_out_of_noise_is_an_error():
+  config = kind("terse", 2, "forward", min_tokens=9000, max_tokens=9000)
+  with pytest.raises(ValueError, match="noise ends after 640 statements"):
+    GsmInfinite(config, seed=0).example("train", 0)
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("ops", ()),
+    ("ops", (0, 1)),
+    ("ops", (9,)),
+    ("modes", ("backward",)),
+    ("themes", ("farm",)),
+    ("layers", (4,)),
+    ("style", "verse"),
+    ("max_places", 0),
+    ("max_things", 6),
+    ("max_value", 3),
+    ("distractors", -2),
+    ("min_tokens", -1),
+    ("max_tokens", -1),
+    ("heldout_fraction", 0.0),
+    ("heldout_fraction", 0.6),
+  ],
+)
+def test_bad_settings_are_named(field, value):
+  with pytest.raises(ValueError, match=f"task.{field} = ") as error:
+    GsmInfiniteConfig(**{field: value})
+  assert repr(value) in str(error.value) and ": use " in str(error.value)
+
+
+def test_all_bad_settings_are_named_at_once():
+  with pytest.raises(ValueError, match="style.*max_tokens"):
+    GsmInfiniteConfig(style="verse", min_tokens=10, max_tokens=5)
+
+
+def test_a_world_too_small_for_its_problems_is_an_error():
+  config = kind("terse", 2, "forward", ops=(8,), max_places=1, max_things=1)
+  with pytest.raises(ValueError, match="op=8.*raise max_places"):
+    GsmInfinite(config, seed=0).example("train", 0)
+
+
+# --- files ---
+
+
+def written(tmp_path, records):
+  path = tmp_path / "problems.jsonl"
+  lines = (r if isinstance(r, str) else json.dumps(r) for r in records)
+  path.write_text("\n".join(lines) + "\n")
+  return path
+
+
+def record(number, **fields):
+  return {
+    "problem": f"The number of owl in Pine equals {number}. The number of fox"
+    " in Pine equals 2.",
+    "question": "How many owl does Pine have?",
+    "answer": number,
+    "op": 1,
+    **fields,
+  }
+
+
+def test_file_is_read_as_a_task(tmp_path):
+  records = [
+    record(n, mode="forwardreverse" if n % 2 else "normalforward")
+    for n in range(1, 41)
+  ]
+  task = GsmInfiniteFile(written(tmp_path, records), heldout_fraction=0.3)
+  assert task.modes == ("forward", "reverse")
+  assert task.eval_splits == ("heldout",) and task.text_separator == " "
+  assert task.size("train") + task.size("heldout") == 40
+  assert 4 <= task.size("heldout") <= 20
+  examples = [
+    task.example(split, index)
+    for split in ("train", "heldout")
+    for index in range(task.size(split))
+  ]
+  assert {int(e.answer) for e in examples} == set(range(1, 41))
+  for example in examples:
+    assert example.context == (
+      "How many owl does Pine have? The number of owl in Pine equals"
+      f" {example.answer}. The number of fox in Pine equals 2."
+    )
+    assert example.mode == ("reverse" if int(example.answer) % 2 else "forward")
+    assert example.depth == 1
+    words = split_words(example.context) + split_words(example.answer)
+    assert set(words) <= set(task.vocabulary)
+  assert list(task.vocabulary) == sorted(set(task.vocabulary))
+  with pytest.raises(ValueError, match="'test'"):
+    task.size("test")
+
+
+def test_copies_of_a_problem_stay_in_one_split(tmp_path):
+  swapped = []
+  for number in range(1, 41):
+    first, second = record(number)["problem"].removesuffix(".").split(". ")
+    swapped.append(record(number, problem=f"{second}. {first}."))
+  path = written(tmp_path, [record(n) for n in range(1, 41)] + swapped)
+  task = GsmInfiniteFile(path, heldout_fraction=0.3)
+  answers = [
+    {task.example(split, i).answer for i in range(task.size(split))}
+    for split in ("train", "heldout")
+  ]
+  assert not answers[0] & answers[1]
+  assert len(answers[0]) + len(answers[1]) == 40
+
+
+def test_answer_is_read_from_the_solution_where_need_be(tmp_path):
+  records = [record(n, solution=f"So. Answer: {n}.") for n in range(1, 41)]
+  for fields in records:
+    del fields["answer"]
+  task = GsmInfiniteFile(written(tmp_path, records))
+  example = task.example("train", 0)
+  assert f"owl in Pine equals {example.answer}." in example.context
+
+
+BAD_LINES = [
+  (["{"], "line 1: "),
+  ([record(1), "", "[1]"], "line 3: not a JSON object"),
+  ([record(1), {"question": "?", "answer": 1, "op": 1}], "line 2: .*'problem'"),
+  ([{"problem": "x", "answer": 1, "op": 1}], "line 1: .*'question'"),
+  ([record(1, answer="two")], "line 1: answer 'two' is no integer"),
+  ([record(1, answer=2.5)], "line 1: answer 2.5 is no integer"),
+  ([record(1, op=None)], "line 1: op None is no integer"),
+  ([record(1, mode="sideways")], "line 1: mode 'sideways'"),
+  ([{"problem": "x", "question": "?", "op": 1}], "line 1: no field 'answer'"),
+  ([{"problem": "x", "question": "?", "answer": 1}], "line 1: .*'op'"),
+  ([], "no problem in it"),
+]
+
+
+@pytest.mark.parametrize("records, message", BAD_LINES)
+def test_bad_lines_are_named(tmp_path, records, message):
+  path = written(tmp_path, records)
+  with pytest.raises(ValueError, match=message) as error:
+    GsmInfiniteFile(path)
+  assert str(path) in str(error.value)
+
+
+def test_a_file_without_a_heldout_problem_is_an_error(tmp_path):
+  with pytest.raises(ValueError, match="no problem in the split"):
+    GsmInfiniteFile(written(tmp_path, [record(1), record(1)]))
+
+
+# --- command line ---
+
+
+def command(*arguments):
+  return subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "sleep_jax.tasks.gsm_infinite",
+      *map(str, arguments),
+    ],
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_written_files_are_confirmed_and_read(tmp_path):
+  path = tmp_path / "problems.jsonl"
+  done = command(
+    "write", path, "--count=150", "--seed=3", "--ops=2,4", "--style=terse",
+    "--layers=2,3", "--split=heldout", "--heldout_fraction=0.25",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  done = command("check", path)
+  assert done.returncode == 0
+  assert done.stdout == "150 confirmed, 0 refuted, 0 unsolvable\n"
+  records = [json.loads(line) for line in path.read_text().splitlines()]
+  assert {r["op"] for r in records} == {2, 4}
+  assert {r["mode"] for r in records} == {"normalforward", "forwardreverse"}
+  assert {r["d"] for r in records} == {2, 3}
+  config = GsmInfiniteConfig(
+    ops=(2, 4), style="terse", layers=(2, 3), heldout_fraction=0.25
+  )
+  task = GsmInfinite(config, seed=3)
+  assert records[9]["problem"] == task.problem("heldout", 9).problem
+  read = GsmInfiniteFile(path)
+  assert read.size("train") + read.size("heldout") == 150
+
+
+def test_wrong_answers_are_refuted(tmp_path):
+  path = written(
+    tmp_path, [record(1), record(2, answer=3), record(4, problem="Owls.")]
+  )
+  done = command("check", path)
+  assert done.returncode == 1
+  assert "problem 2 refuted: stated 3, solved 2\n" in done.stdout
+  assert "problem 3 unsolvable: " in done.stdout
+  assert done.stdout.endswith("1 confirmed, 1 refuted, 1 unsolvable\n")
+
+
+def test_bad_input_is_one_line(tmp_path):
+  bad = written(tmp_path, [record(1), record(1, answer="x")])
+  for arguments, named in (
+    (("check", bad), f"{bad}, line 2"),
+    (("check", tmp_path / "missing.jsonl"), "missing.jsonl"),
+    (("write", tmp_path / "none" / "a.jsonl", "--count=1"), "a.jsonl"),
+    (("write", tmp_path / "a.jsonl", "--ops=9"), "task.ops = (9,)"),
+    (("write", tmp_path / "a.jsonl", "--count=0"), "count=0"),
+  ):
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.count("\n") == 1
+    assert named in done.stderr
