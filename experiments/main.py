@@ -47,6 +47,10 @@ def main(argv):
   if len(argv) > 1:
     fail(f"unknown argument {argv[1]!r}: settings are --config.LEAF=VALUE")
   logging.set_verbosity(logging.INFO)
+  # The libraries below log every file of a checkpoint.
+  logging.get_absl_handler().addFilter(
+    lambda record: "sleep_jax" in record.pathname or record.levelno > 20
+  )
   path = config_flags.get_config_filename(flags.FLAGS["config"])
   try:
     config = configs.from_config_dict(_CONFIG.value)

@@ -32,7 +32,6 @@ def pocket() -> ExperimentConfig:
       max_things=3,
       max_value=20,
       distractors=4,
-      min_tokens=40,
       max_tokens=64,
     ),
     model=ModelConfig(pattern=((("attn", "gdn"), 2),), width=64),

@@ -4,7 +4,12 @@ B batch, T tokens, L window, D model width, H heads, K key dim, V value dim,
 C chunk, N passes, F feed-forward width, W vocabulary, R repeats of a pattern.
 """
 
-from jaxtyping import Array, Bool, Float, Int
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+# On devices, or on the host before a jitted function takes it.
+Array = jax.Array | np.ndarray
 
 Tokens = Int[Array, "B T"]
 Mask = Bool[Array, "B T"]

@@ -209,7 +209,13 @@ class ExperimentConfig:
 
   def violations(self):
     """Yields a line for each thing that is wrong."""
-    for section in (self.model, self.sleep, self.data, self.optimizer, self.run):
+    for section in (
+      self.model,
+      self.sleep,
+      self.data,
+      self.optimizer,
+      self.run,
+    ):
       yield from section.violations()
     length, window = self.data.length, self.sleep.window_length
     if self.data.align_answer and length >= 2 and window >= 1:

@@ -91,7 +91,9 @@ def rollout(
 
   batch, length = inputs.shape
   state = init_fast_weights(model.config, batch)
-  state_dtype = jnp.promote_types(jnp.dtype(model.config.compute_dtype), "float32")
+  state_dtype = jnp.promote_types(
+    jnp.dtype(model.config.compute_dtype), "float32"
+  )
   arrays = (inputs, targets, loss_mask, valid)
   before = (length - 1) // window_length
   split = before * window_length

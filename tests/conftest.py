@@ -1,7 +1,6 @@
 """Every test runs on the CPU with shapes checked and ranks never promoted."""
 
 import os
-import typing
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -10,8 +9,3 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("sleep_jax", "beartype.beartype")
-
-# beartype can only check protocols that may be checked at runtime.
-import sleep_jax.tasks.base  # noqa: E402
-
-typing.runtime_checkable(sleep_jax.tasks.base.Task)

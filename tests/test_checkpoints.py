@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_workdir import full_disk
 
 from sleep_jax.training.checkpoints import (
   Checkpoints,
   export_params,
   restore_params,
 )
+from tests.test_workdir import full_disk
 
-# A damaged file leaves coroutines of the library behind, unfinished.
+# A damaged file leaves the library with unfinished coroutines, of which Python
+# complains when they are collected.
 pytestmark = pytest.mark.filterwarnings(
   "ignore::pytest.PytestUnraisableExceptionWarning"
 )
@@ -224,8 +225,10 @@ def test_a_full_disk_is_an_oserror_and_the_earlier_step_stays(tmp_path, keep):
       checkpoints.save(2, big, state(2)[1], batches())
       checkpoints.wait()
     checkpoints.close()
-  assert not folder(tmp_path, 2).exists()  # it gives its room back
   assert_restores(tmp_path, 1)
+  # With room again the run goes on, and what was cut short makes way.
+  save(tmp_path, [3], keep=1)
+  assert os.listdir(tmp_path / "checkpoints") == ["3"]
 
 
 def test_parameters_are_found_wherever_they_may_lie(workdir, tmp_path):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -13,14 +14,18 @@ from sleep_jax.tasks.gsm_infinite import (
   GsmInfinite,
   GsmInfiniteConfig,
   GsmInfiniteFile,
+  Problem,
   split_words,
 )
+from sleep_jax.tasks.gsm_infinite import task as task_module
 from sleep_jax.tasks.gsm_infinite.draws import Draws
+from sleep_jax.tasks.gsm_infinite.graph import Definition, Parameter
 from sleep_jax.tasks.gsm_infinite.solver import (
   Unsolvable,
   count_operations,
   solve,
 )
+from sleep_jax.tasks.gsm_infinite.text import Prose
 from sleep_jax.tasks.gsm_infinite.themes import THEMES
 
 OPS = tuple(range(1, 9))
@@ -60,13 +65,57 @@ def canonical(problem):
   return (problem.question, *sorted(sentences(problem.problem)))
 
 
-def confirm(task, count, split="train"):
-  for index in range(count):
-    problem = task.problem(split, index)
+def command(*arguments):
+  module = [sys.executable, "-m", "sleep_jax.tasks.gsm_infinite"]
+  return subprocess.run(
+    [*module, *map(str, arguments)], capture_output=True, text=True
+  )
+
+
+def draw(config, count, seed=0, split="train"):
+  task = GsmInfinite(config, seed)
+  return [task.problem(split, index) for index in range(count)]
+
+
+def draw_many(config, count, seed=0, split="train"):
+  """The same from the command line, where no type check slows it down."""
+  options = [f"--count={count}", f"--seed={seed}", f"--split={split}"]
+  for field, value in dataclasses.asdict(config).items():
+    items = value if isinstance(value, tuple) else (value,)
+    options.append(f"--{field}={','.join(map(str, items))}")
+  with tempfile.NamedTemporaryFile() as file:
+    done = command("write", file.name, *options)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in file]
+  assert len(records) == count
+  return [
+    Problem(
+      problem=record["problem"],
+      question=record["question"],
+      answer=int(record["answer"]),
+      solution=record["solution"],
+      op=record["op"],
+      mode={"normalforward": "forward", "forwardreverse": "reverse"}[
+        record["mode"]
+      ],
+      theme=record["template"],
+      layers=record["d"],
+      id=record["id"],
+    )
+    for record in records
+  ]
+
+
+def length(problem):
+  return len(f"{problem.question} {problem.problem}".split())
+
+
+def confirm(config, problems):
+  for problem in problems:
     text = problem.problem, problem.question
     assert solve(*text) == problem.answer, problem
     assert count_operations(*text) == problem.op, problem
-    assert 0 <= problem.answer <= task.config.max_value
+    assert 0 <= problem.answer <= config.max_value
     assert problem.solution.endswith(f"Answer: {problem.answer}.")
 
 
@@ -75,7 +124,8 @@ def confirm(task, count, split="train"):
 
 @pytest.mark.parametrize("style, layers, mode", KINDS)
 def test_solver_confirms_answers_and_operations(style, layers, mode):
-  confirm(GsmInfinite(kind(style, layers, mode), seed=1), 200)
+  config = kind(style, layers, mode)
+  confirm(config, draw(config, 100, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -92,38 +142,34 @@ def test_solver_confirms_answers_and_operations(style, layers, mode):
 )
 def test_solver_confirms_special_settings(settings):
   config = GsmInfiniteConfig(**{"layers": (2, 3), "ops": (1, 2, 5), **settings})
-  confirm(GsmInfinite(config, seed=2), 100)
-  confirm(GsmInfinite(config, seed=2), 10, "heldout")
+  confirm(config, draw(config, 40, seed=2))
+  confirm(config, draw(config, 5, seed=2, split="heldout"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("style, layers, mode", KINDS)
 def test_solver_confirms_ten_thousand(style, layers, mode):
   config = kind(style, layers, mode)
-  confirm(GsmInfinite(config, seed=3), 1000)
+  confirm(config, draw_many(config, 1000, seed=3))
   long = dataclasses.replace(config, min_tokens=500, max_tokens=2500)
-  confirm(GsmInfinite(long, seed=4), 250)
+  confirm(long, draw_many(long, 250, seed=4))
 
 
 @pytest.mark.parametrize("style, layers, mode", KINDS)
 def test_without_distractors_every_statement_is_needed(style, layers, mode):
-  task = GsmInfinite(kind(style, layers, mode, distractors=0), seed=5)
-  for index in range(60):
-    problem = task.problem("train", index)
+  config = kind(style, layers, mode, ops=OPS[1:], distractors=0)
+  for problem in draw(config, 40, seed=5):
     everything = sentences(problem.problem)
     for left_out in range(len(everything)):
       rest = everything[:left_out] + everything[left_out + 1 :]
-      # A total goes on without a thing; what it would then be is wrong.
       try:
-        answer = solve(" ".join(rest), problem.question)
+        assert solve(" ".join(rest), problem.question) != problem.answer
       except Unsolvable:
         continue
-      assert answer != problem.answer or problem.layers == 3
 
 
 def test_operations_modes_and_worlds_are_uniform():
-  task = GsmInfinite(GsmInfiniteConfig(layers=(2, 3)), seed=6)
-  drawn = [task.problem("train", index) for index in range(3000)]
+  drawn = draw_many(GsmInfiniteConfig(layers=(2, 3)), 2000)
   for field, values in {
     "op": OPS,
     "mode": ("forward", "reverse"),
@@ -156,8 +202,7 @@ def chain(problem):
 
 def test_graphs_of_one_number_of_operations_differ():
   config = kind("terse", 2, "forward", ops=(8,), distractors=0)
-  task = GsmInfinite(config, seed=7)
-  drawn = [task.problem("train", index) for index in range(400)]
+  drawn = draw_many(config, 400)
   chains = collections.Counter(chain(problem) for problem in drawn)
   assert {2, 3, 4, 5, 6} <= set(chains)
   assert max(chains.values()) < 0.5 * len(drawn)
@@ -173,20 +218,15 @@ def test_graphs_of_one_number_of_operations_differ():
 
 def test_three_layers_ask_for_averages_and_totals_of_them():
   config = kind("terse", 3, "forward", ops=(6,), distractors=0)
-  task = GsmInfinite(config, seed=8)
+  words = [set(problem.question.split()) for problem in draw_many(config, 300)]
   asked = collections.Counter(
-    " ".join(task.problem("train", index).question.split()[1:-2])
-    if "total" in task.problem("train", index).question
-    else task.problem("train", index).question.split()[1]
-    for index in range(300)
+    ("total" in some, "per" in some) for some in words
   )
-  assert asked["total"] > 5 and asked["total per"] > 5 and asked["per"] > 50
+  assert len(asked) == 4 and min(asked.values()) > 5
 
 
 def test_one_operation_looks_up_a_constant():
-  task = GsmInfinite(kind("terse", 2, "forward", ops=(1,)), seed=9)
-  for index in range(50):
-    problem = task.problem("train", index)
+  for problem in draw(kind("terse", 2, "forward", ops=(1,)), 50):
     name = problem.question.removeprefix("? ").removesuffix(" .")
     assert f"{name} = {problem.answer} ." in sentences(problem.problem)
 
@@ -195,19 +235,22 @@ def test_one_operation_looks_up_a_constant():
 def test_the_best_constant_is_seldom_right(layers):
   # tasks.md's kind of floor: 0.25 at four operations, 0.15 at eight; reverse
   # problems ask for one of four leaf constants at every number.
-  for mode, op, floor in (
-    ("forward", 2, 0.35),
-    ("forward", 4, 0.27),
-    ("forward", 8, 0.17),
-    ("reverse", 8, 0.35),
-  ):
-    task = GsmInfinite(kind("terse", layers, mode, ops=(op,)), seed=10)
-    answers = collections.Counter(
-      task.problem("train", index).answer for index in range(600)
-    )
-    assert answers.most_common(1)[0][1] < floor * 600
-    if mode == "reverse":
-      assert set(answers) == {1, 2, 3, 4}
+  floors = {
+    ("forward", 2): 0.35,
+    ("forward", 4): 0.27,
+    ("forward", 8): 0.17,
+    ("reverse", 2): 0.35,
+    ("reverse", 8): 0.35,
+  }
+  config = GsmInfiniteConfig(style="terse", layers=(layers,), ops=(2, 4, 8))
+  answers = collections.defaultdict(collections.Counter)
+  for problem in draw_many(config, 4000):
+    answers[problem.mode, problem.op][problem.answer] += 1
+  for key, floor in floors.items():
+    counts = answers[key]
+    assert counts.most_common(1)[0][1] < floor * counts.total()
+    if key[0] == "reverse":
+      assert set(counts) == {1, 2, 3, 4}
 
 
 # --- splits and determinism ---
@@ -216,42 +259,41 @@ def test_the_best_constant_is_seldom_right(layers):
 def test_splits_never_share_a_problem():
   # So small a world that most problems are drawn again and again.
   config = kind(
-    "terse", 2, "forward", ops=(1, 2), themes=("zoo",), max_places=2
+    "terse",
+    2,
+    "forward",
+    ops=(1, 2),
+    themes=("zoo",),
+    max_places=1,
+    max_things=2,
+    heldout_fraction=0.25,
   )
-  config = dataclasses.replace(config, max_things=1, heldout_fraction=0.25)
   drawn = {
-    (seed, split): {
-      canonical(task.problem(split, index)) for index in range(1500)
-    }
-    for seed, task in ((s, GsmInfinite(config, s)) for s in (0, 1))
+    (seed, split): set(map(canonical, draw_many(config, 2000, seed, split)))
+    for seed in (0, 1)
     for split in ("train", "heldout")
   }
-  assert len(drawn[0, "train"] & drawn[1, "train"]) > 500
-  assert len(drawn[0, "heldout"] & drawn[1, "heldout"]) > 200
+  assert len(drawn[0, "train"] & drawn[1, "train"]) > 400
+  assert len(drawn[0, "heldout"] & drawn[1, "heldout"]) > 150
   for a, b in itertools.product((0, 1), repeat=2):
     assert not drawn[a, "train"] & drawn[b, "heldout"]
-  share = len(drawn[0, "heldout"]) / sum(
-    len(drawn[0, split]) for split in ("train", "heldout")
-  )
-  assert 0.15 < share < 0.35
 
 
 def test_noise_does_not_move_a_problem_to_the_other_split():
-  config = kind("prose", 2, "forward", ops=(2,), max_places=1, max_things=1)
-  quiet = GsmInfinite(config, seed=11)
-  noisy = GsmInfinite(
-    dataclasses.replace(config, min_tokens=100, max_tokens=200), seed=12
+  config = kind(
+    "prose", 2, "forward", ops=(1,), themes=("zoo",), max_places=1, max_things=1
   )
-  core = {
-    split: {quiet.problem(split, i).problem for i in range(400)}
+  config = dataclasses.replace(config, heldout_fraction=0.25)
+  quiet = {
+    split: {problem.problem for problem in draw_many(config, 1500, split=split)}
     for split in ("train", "heldout")
   }
-  met = 0
-  for index in range(100):
-    text = sentences(noisy.problem("heldout", index).problem)
-    assert not core["train"] & set(text)
-    met += bool(core["heldout"] & set(text))
-  assert met > 50
+  assert len(quiet["train"] | quiet["heldout"]) > 0.9 * 4 * 10 * 10
+  noisy = dataclasses.replace(config, min_tokens=100, max_tokens=200)
+  for problem in draw(noisy, 40, seed=1, split="heldout"):
+    text = set(sentences(problem.problem))
+    assert len(text) > 2 and text & quiet["heldout"]
+    assert not text & quiet["train"]
 
 
 def test_examples_depend_on_seed_split_and_index_alone():
@@ -292,7 +334,15 @@ def test_problems_stay_the_same_between_releases():
   assert [task.example("train", i).context for i in range(3)] == GOLDEN
 
 
-GOLDEN = []
+GOLDEN = [
+  "? seminary grove . lyceum grove = seminary grove . seminary heights = 2 ."
+  " university heights = 1 . seminary grove > 0 . lyceum heights = 4 * lyceum"
+  " grove . lyceum heights = 4 .",
+  "? thriller curtain . thriller curtain = musical moon + opera curtain ."
+  " musical moon = opera curtain . opera curtain = 3 .",
+  "? heron circus . finch circus = 1 . hawk ranch = finch circus + total circus"
+  " . heron circus = hawk circus . hawk circus = 4 .",
+]
 
 
 def test_draws_are_fair():
@@ -308,11 +358,78 @@ def test_draws_are_fair():
 # --- text, length and noise ---
 
 
+def test_sentences_have_the_original_shapes():
+  theme = THEMES["prose"]["zoo"]
+  prose = Prose(theme, ["Pine Ridge", "Otter Lake"], ["adult owl", "adult elk"])
+  owl, elk = Parameter("count", 0, 0), Parameter("count", 1, 1)
+  young, total = Parameter("average", 0, 0), Parameter("total", 0)
+  children = Parameter("attribute_total", 1)
+  assert [prose.question(p) for p in (owl, young, total, children)] == [
+    "How many adult owl does Pine Ridge have?",
+    "What is the average number of newborn children per adult owl in Pine"
+    " Ridge?",
+    "What is the total number of adult animals in Pine Ridge?",
+    "What is the total number of newborn animal children in Otter Lake?",
+  ]
+  assert [prose.existence(p) for p in (owl, young)] == [
+    "The number of adult owl in Pine Ridge exists, and its number is greater"
+    " than 0.",
+    "The average number of newborn children per adult owl in Pine Ridge is"
+    " greater than 0.",
+  ]
+  names = [
+    "the number of adult elk in Otter Lake",
+    "the total number of adult animals in Pine Ridge",
+    "the average number of newborn children per adult owl in Pine Ridge",
+  ]
+  three = (elk, total, young)
+  for definition, expression in (
+    (Definition((), 3), "3"),
+    (Definition(three[:1]), names[0]),
+    (Definition(three[:1], 4, "+"), f"4 plus {names[0]}"),
+    (
+      Definition(three[:2], 2, "*"),
+      f"2 times the sum of {names[0]} and {names[1]}",
+    ),
+    (
+      Definition(three[:2], 2, "+", difference=True),
+      f"2 plus the difference between {names[0]} and {names[1]}",
+    ),
+    (
+      Definition(three),
+      f"the sum of {names[0]}, {names[1]}, and {names[2]}",
+    ),
+  ):
+    assert prose.statement(owl, definition) == (
+      f"The number of adult owl in Pine Ridge equals {expression}."
+    )
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_solutions_hold_for_any_hidden_value(layers):
+  config = kind("terse", layers, "reverse", distractors=0)
+  for problem in draw(config, 60):
+    *steps, given, found = problem.solution.partition(".")[0].split("; ")
+    assert found == f"x = {problem.answer}"
+    hidden = problem.question.removeprefix("? ").removesuffix(" .")
+    assert f"{given} ." in problem.problem
+    rest = problem.problem.replace(f"{given} .", "")
+    for x in (problem.answer, problem.answer + 3):
+      text = rest.replace(f"{hidden} > 0 .", f"{hidden} = {x} .")
+      for step in steps:
+        name, _, form = step.partition(" = ")
+        slope, _, offset = form.rpartition(" * x + ")
+        value = int(slope or 0) * x + int(offset)
+        assert solve(text, f"? {name} .") == value
+      if x == problem.answer:
+        assert given == f"{name} = {value}"
+
+
 def test_context_is_the_question_and_then_the_statements():
   for style in ("prose", "terse"):
     task = GsmInfinite(GsmInfiniteConfig(style=style), seed=0)
-    for index in range(20):
-      problem = task.problem("heldout", index)
+    for index, problem in enumerate(draw_many(task.config, 5, split="heldout")):
+      assert task.problem("heldout", index) == problem
       example = task.example("heldout", index)
       assert example.context == f"{problem.question} {problem.problem}"
       assert example.answer == str(problem.answer)
@@ -327,27 +444,27 @@ def test_context_is_the_question_and_then_the_statements():
 def test_vocabulary_has_every_word(style, layers):
   config = GsmInfiniteConfig(style=style, layers=layers, max_value=60)
   for noise in ({}, {"min_tokens": 200, "max_tokens": 300}):
-    task = GsmInfinite(dataclasses.replace(config, **noise), seed=0)
-    assert len(set(task.vocabulary)) == len(task.vocabulary)
+    noisy = dataclasses.replace(config, **noise)
+    vocabulary = GsmInfinite(noisy, seed=0).vocabulary
+    assert len(set(vocabulary)) == len(vocabulary)
     words = set()
-    for index in range(300):
-      example = task.example("train", index)
-      words.update(split_words(example.context), split_words(example.answer))
-    assert words <= set(task.vocabulary)
+    for problem in draw_many(noisy, 400):
+      words.update(split_words(f"{problem.question} {problem.problem}"))
+      words.add(str(problem.answer))
+    assert words <= set(vocabulary)
     if not noise:
-      unused = set(task.vocabulary) - words
-      assert all(word.isdigit() for word in unused)
+      assert all(word.isdigit() for word in set(vocabulary) - words)
 
 
 def test_the_pocket_vocabulary_is_small():
-  task = GsmInfinite(dataclasses.replace(POCKET, themes=("zoo",)), seed=0)
+  config = dataclasses.replace(POCKET, themes=("zoo",))
+  task = GsmInfinite(config, seed=0)
   signs = set("?.=+-*()>") | {"total"}
   numbers = set(map(str, range(21)))
   assert signs | numbers < set(task.vocabulary)
   assert len(task.vocabulary) == len(signs | numbers) + 20
-  for index in range(200):
-    context = task.example("train", index).context
-    assert split_words(context) == context.split(" ")
+  for problem in draw(config, 50):
+    assert split_words(problem.problem) == problem.problem.split(" ")
 
 
 def test_words_end_before_their_punctuation():
@@ -361,33 +478,27 @@ def test_lengths_are_spread_over_the_bounds(style):
   config = GsmInfiniteConfig(
     style=style, layers=(2, 3), min_tokens=600, max_tokens=1000
   )
-  task = GsmInfinite(config, seed=0)
   lengths = []
-  for index in range(120):
-    context = task.example("train", index).context
-    lengths.append(len(context.split()))
+  for problem in draw_many(config, 200):
+    lengths.append(length(problem))
     # Noise stops at the first statement without room.
-    longest = max(len(s.split()) for s in sentences(context))
+    longest = 20 if style == "terse" else 80
     assert 600 - longest <= lengths[-1] <= 1000
   assert 760 < sum(lengths) / len(lengths) < 840
   assert min(lengths) < 680 and max(lengths) > 920
 
 
 def test_max_tokens_alone_bounds_without_noise():
-  free = GsmInfinite(GsmInfiniteConfig(style="terse"), seed=0)
-  config = GsmInfiniteConfig(style="terse", max_tokens=40)
-  bounded = GsmInfinite(config, seed=0)
-  lengths = [
-    [len(task.example("train", i).context.split()) for i in range(300)]
-    for task in (free, bounded)
-  ]
-  assert max(lengths[0]) > 100 and max(lengths[1]) == 40
+  free = GsmInfiniteConfig(style="terse", ops=(3,))
+  bounded = dataclasses.replace(free, max_tokens=40)
+  assert max(map(length, draw_many(free, 300))) > 100
+  assert max(map(length, draw_many(bounded, 300))) == 40
 
 
 def test_lengths_are_counted_as_told():
   config = GsmInfiniteConfig(min_tokens=2000, max_tokens=3000)
   task = GsmInfinite(config, seed=0, count_tokens=len)
-  for index in range(30):
+  for index in range(10):
     assert 1700 < len(task.example("train", index).context) <= 3000
 
 
@@ -395,9 +506,8 @@ def test_distractors_are_at_most_as_many_as_told():
   counts = {0: set(), 2: set()}
   for most, met in counts.items():
     config = kind("terse", 2, "forward", ops=(1,), distractors=most)
-    task = GsmInfinite(config, seed=0)
-    for index in range(100):
-      met.add(len(sentences(task.problem("train", index).problem)) - 1)
+    for problem in draw(config, 40):
+      met.add(len(sentences(problem.problem)) - 1)
   assert counts[0] == {0} and max(counts[2]) == 2
 
 
@@ -405,13 +515,11 @@ def test_distractors_are_at_most_as_many_as_told():
 def test_noise_is_about_other_places_and_never_needed(style, layers, mode):
   theme = THEMES[style]["zoo"]
   config = kind(
-    style, layers, mode, themes=("zoo",), min_tokens=400, max_tokens=500
+    style, layers, mode, themes=("zoo",), min_tokens=1500, max_tokens=1600
   )
-  task = GsmInfinite(config, seed=13)
   noise_words = {*theme.noise_places, *theme.noise_things}
   found = collections.Counter()
-  for index in range(25):
-    problem = task.problem("train", index)
+  for problem in draw(config, 10):
     core, noise = [], []
     for sentence in sentences(problem.problem):
       place = left_side(sentence)
@@ -423,7 +531,7 @@ def test_noise_is_about_other_places_and_never_needed(style, layers, mode):
       assert not any(word in text for word in noise_words)
     for text in noise:
       assert not re.search(r"\d", text)
-      found["average"] += "per " in left_side(text)
+      found["average"] += "per" in left_side(text).split()
     found["all"] += len(noise)
     assert len(set(map(left_side, noise))) == len(noise)
   share = found["average"] / found["all"]
@@ -482,8 +590,9 @@ def test_all_bad_settings_are_named_at_once():
     GsmInfiniteConfig(style="verse", min_tokens=10, max_tokens=5)
 
 
-def test_a_world_too_small_for_its_problems_is_an_error():
+def test_a_world_too_small_for_its_problems_is_an_error(monkeypatch):
   config = kind("terse", 2, "forward", ops=(8,), max_places=1, max_things=1)
+  monkeypatch.setattr(task_module, "_MOST_ATTEMPTS", 50)
   with pytest.raises(ValueError, match="op=8.*raise max_places"):
     GsmInfinite(config, seed=0).example("train", 0)
 
@@ -592,19 +701,6 @@ def test_a_file_without_a_heldout_problem_is_an_error(tmp_path):
 
 
 # --- command line ---
-
-
-def command(*arguments):
-  return subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "sleep_jax.tasks.gsm_infinite",
-      *map(str, arguments),
-    ],
-    capture_output=True,
-    text=True,
-  )
 
 
 def test_written_files_are_confirmed_and_read(tmp_path):

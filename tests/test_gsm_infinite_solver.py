@@ -48,10 +48,10 @@ BY_HAND = [
   ),
   (  # A list of three: 3 * (1 + 2 + x) = 21.
     "The number of epic in Gala equals 1. The number of farce in Gala equals"
-    " 2. The number of noir in Gala equals 3 times the sum of the number of epic"
-    " in Gala, the number of farce in Gala, and the average number of nominations"
-    " per noir in Gala. The average number of nominations per noir in Gala is"
-    " greater than 0. The number of noir in Gala equals 21.",
+    " 2. The number of noir in Gala equals 3 times the sum of the number of"
+    " epic in Gala, the number of farce in Gala, and the average number of"
+    " nominations per noir in Gala. The average number of nominations per noir"
+    " in Gala is greater than 0. The number of noir in Gala equals 21.",
     "What is the average number of nominations per noir in Gala?",
     4,
     7,
@@ -63,6 +63,12 @@ BY_HAND = [
     "? total hill .",
     9,
     9,
+  ),
+  (  # What is not mentioned counts as zero: 2 * 0 + 3 * 4.
+    "owl pine = 2 . fox pine = 3 . per fox pine = 4 . per elk pine = 1 .",
+    "? total per pine .",
+    12,
+    4,
   ),
   (  # 2 * per + 3 * 1 = 11.
     "owl pine = 2 . fox pine = 3 . per fox pine = 1 . per owl pine > 0 ."

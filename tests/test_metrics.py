@@ -10,9 +10,9 @@ import termios
 
 import numpy as np
 import pytest
-from test_workdir import full_disk
 
 from sleep_jax.training.metrics import MetricsWriter, read_metrics
+from tests.test_workdir import full_disk
 
 
 def lines(workdir):

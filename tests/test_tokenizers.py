@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from sleep_jax.data.tokenizers import (
@@ -84,7 +85,8 @@ def test_special_tokens_follow_those_of_a_file(tokenizers, tmp_path):
   assert tokenizer.encode("fox owl fox") == [1, 0, 1]
   assert (tokenizer.pad_id, tokenizer.marker_id, tokenizer.end_id) == (4, 5, 6)
   assert tokenizer.vocab_size == 7
-  assert tokenizer.decode([4, 1, 0, 5, 3, 6]) == "fox owl <start>"
+  ids = np.array([4, 1, 0, 5, 3, 6], np.int32)
+  assert tokenizer.decode(ids) == "fox owl <start>"
 
 
 def test_what_a_file_does_not_know_is_named(tokenizers, tmp_path):

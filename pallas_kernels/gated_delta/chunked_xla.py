@@ -91,9 +91,7 @@ def _intermediates(q, k, v, g, beta, state):
   inverse = _inverse(lower).reshape(lower.shape)
   gamma = jnp.exp(total)[..., None]
   residual = v - gamma * keys_state
-  corrected = jnp.einsum(
-    "BHCD,BHDV->BHCV", inverse, beta[..., None] * residual
-  )
+  corrected = jnp.einsum("BHCD,BHDV->BHCV", inverse, beta[..., None] * residual)
   to_end = jnp.exp(total[..., -1:] - total)[..., None]
   return dict(
     decay=decay,
@@ -135,9 +133,9 @@ def _chunk_backward(inputs, cotangents):
   beta = beta[..., None]
   attention = m["decay"] * m["queries_keys"]
   keys_to_end = m["to_end"] * k
-  d_corrected = jnp.einsum(
-    "BHCD,BHCV->BHDV", attention, d_o
-  ) + jnp.einsum("BHCK,BHKV->BHCV", keys_to_end, d_state)
+  d_corrected = jnp.einsum("BHCD,BHCV->BHDV", attention, d_o) + jnp.einsum(
+    "BHCK,BHKV->BHCV", keys_to_end, d_state
+  )
   d_scaled = jnp.einsum("BHCD,BHCV->BHDV", m["inverse"], d_corrected)
   # Two products with E^T in one: rows of d_o and of dX.
   d_attention, d_lower = jnp.split(
@@ -152,7 +150,9 @@ def _chunk_backward(inputs, cotangents):
   d_lower = jnp.where(m["strict"], d_lower, 0.0)
   d_queries_keys = d_attention * m["decay"]
   d_keys_keys = d_lower * beta * m["decay"]
-  d_difference = d_queries_keys * m["queries_keys"] + d_keys_keys * m["keys_keys"]
+  d_difference = (
+    d_queries_keys * m["queries_keys"] + d_keys_keys * m["keys_keys"]
+  )
   d_residual = beta * d_scaled
   d_keys_state = -m["gamma"] * d_residual
   d_queries_state = m["gamma"] * d_o

@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from jaxtyping import Integer
 
 from sleep_jax.tasks.gsm_infinite.text import split_words
 
 SPECIAL_TOKENS = 3
+
+_Ids: TypeAlias = Sequence[int] | Integer[np.ndarray, "T"]
 
 
 @runtime_checkable
@@ -29,7 +34,7 @@ class Tokenizer(Protocol):
     """The ids of a text; a ValueError names a symbol that has none."""
     ...
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: _Ids) -> str:
     """The text of some ids; special tokens have none."""
     ...
 
@@ -81,7 +86,7 @@ class WordTokenizer:
         " symbols"
       ) from None
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: _Ids) -> str:
     """The text of some ids; special tokens have none."""
     words = [self._words[i - SPECIAL_TOKENS] for i in ids if i > self.end_id]
     return self._separator.join(words)
@@ -143,10 +148,10 @@ class FileTokenizer:
       end = stop
     return encoding.ids
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: _Ids) -> str:
     """The text of some ids; the three special tokens have none."""
     return self._tokenizer.decode(
-      [i for i in ids if i < self._size], skip_special_tokens=False
+      [int(i) for i in ids if i < self._size], skip_special_tokens=False
     )
 
 

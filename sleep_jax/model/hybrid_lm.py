@@ -1,7 +1,6 @@
 """The hybrid language model: embedding, blocks, head."""
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from sleep_jax.array_types import Hidden, Logits, Mask, Tokens
 from sleep_jax.model import blocks, layers

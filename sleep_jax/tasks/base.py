@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Example:
   mode: str
 
 
+@runtime_checkable
 class Task(Protocol):
   """A source of examples: a pure function of (split, index).
 

@@ -71,9 +71,10 @@ class Rule110:
   draws these; else "train" and "test" draw from all.
   """
 
-  modes = ("strings",)
-  vocabulary = ("0", "1")
-  text_separator = ""
+  eval_splits: Sequence[str]
+  modes: Sequence[str] = ("strings",)
+  vocabulary: Sequence[str] = ("0", "1")
+  text_separator: str = ""
 
   def __init__(self, config: Rule110Config, seed: int):
     self._config = config

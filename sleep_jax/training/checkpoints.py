@@ -170,8 +170,6 @@ class Checkpoints:
 
   def _not_written(self, error: Exception) -> OSError:
     self._manager.reload()
-    # What was half written should not go on filling the disk.
-    self._discard_unfinished()
     return OSError(
       f"a checkpoint could not be written in {self._directory}; steps"
       f" {sorted(self._manager.all_steps())} are complete:"
@@ -179,6 +177,7 @@ class Checkpoints:
     )
 
   def _discard_unfinished(self) -> None:
+    """Frees the room that saves cut short by a crash or a full disk take."""
     finished = self._manager.all_steps()
     for step in _step_folders(self._directory):
       if step not in finished and jax.process_index() == 0:
@@ -247,6 +246,8 @@ def _read(folder: epath.Path, like: PyTree) -> PyTree:
     folder,
     args=ocp.args.StandardRestore(jax.tree.map(_with_sharding, like_by_name)),
   )
+  if metadata.custom_metadata is None:
+    raise ValueError("its checksums are missing")
   for name, checksum in _checksums(arrays).items():
     if checksum != metadata.custom_metadata["checksums"][name]:
       raise ValueError(f"{name} is corrupt: its checksum is not the saved one")

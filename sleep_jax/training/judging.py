@@ -19,6 +19,17 @@ from jaxtyping import Bool, Int
 from sleep_jax.training.workdir import write_atomically
 
 _NORMAL_QUANTILE = 1.959964  # of 97.5%: two-sided 95% intervals
+_COLUMNS: tuple[str, ...] = (
+  "split",
+  "depth",
+  "mode",
+  "count",
+  "accuracy",
+  "interval",
+  "floor",
+  "label",
+  "label-floor",
+)
 
 
 def judge(
@@ -86,8 +97,7 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
 
 def format_table(results: Mapping[str, Any]) -> str:
   """Returns the results as aligned plain text, a row for each set."""
-  header = "split depth mode count accuracy interval floor label label-floor"
-  rows = [list(header.split())]
+  rows = [[*_COLUMNS]]
   for split, scores in results.items():
     rows.append([split, "all", "all"] + _cells(scores["overall"]))
     for depth, at_depth in scores["depth"].items():

@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
 def init_params(model: HybridLM, seed: int):
   """Fresh parameters, from the seed alone."""
   tokens = jnp.zeros((1, 1), jnp.int32)
-  return model.init(
+  return jax.jit(model.init)(
     jax.random.key(seed),
     tokens,
     init_fast_weights(model.config, 1),

@@ -27,11 +27,13 @@ ATTRIBUTE_TOTAL = "attribute_total"
 _LARGEST_CONSTANT = 4
 _MOST_EXTRA_EDGES = 3
 # Probabilities: that the last value is a total, that a new operand is one, that
-# an operand is new, that a parameter with one in-edge is a leaf.
+# an operand is new, that a necessary parameter with one in-edge is a leaf, that
+# a distractor has a constant.
 _LAST_TOTAL = 0.6
 _NEW_TOTAL = 0.35
 _NEW_OPERAND = 0.5
 _LEAF = 0.4
+_DISTRACTOR_CONSTANT = 0.6
 
 
 class Parameter(NamedTuple):
@@ -360,7 +362,7 @@ def _draw_distractors(draws, graph, parameters):
       add_totals(place)
   for parameter in parameters:
     extra = draws.streak(_MOST_EXTRA_EDGES)
-    constant = draws.chance(0.5)
+    constant = draws.chance(_DISTRACTOR_CONSTANT)
     operands = []
     for _ in range(1 + extra - constant):
       operand = draws.choice(others if others and draws.chance(0.5) else core)

@@ -13,7 +13,7 @@ from sleep_jax.tasks.gsm_infinite.graph import (
 )
 
 _THINGS_OF_PLACE = 20
-_SECOND_TOTAL = 0.3
+_SECOND_TOTAL = 0.25
 
 
 def draw_noise(

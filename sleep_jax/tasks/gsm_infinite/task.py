@@ -140,11 +140,8 @@ class GsmInfinite:
     )
     question = writer.question(graph.asked)
     statements = core_statements(writer, graph)
-    room = config.max_tokens - self._length([question, *statements])
-    if not config.max_tokens:
-      room = math.inf
-    elif room < 0:
-      return None
+    limit = config.max_tokens or math.inf
+    room = limit - self._length([question, *statements])
     distractors = self._fitting(writer, graph.distractors.items(), room)
     for parameter in list(graph.distractors)[len(distractors) :]:
       del graph.distractors[parameter]
@@ -163,7 +160,7 @@ class GsmInfinite:
       room = target - self._length([question, *statements])
       statements += self._fitting(writer, noise, room)
     text = " ".join(draws.sample(statements, len(statements)))
-    if self._length([question, text]) > (config.max_tokens or math.inf):
+    if self._length([question, text]) > limit:
       return None
     answer = graph.values[graph.asked]
     return text, question, answer, solution(writer, graph)

@@ -1,0 +1,92 @@
+"""Rule 110 with sleep: `python -m experiments.main --config=experiments/automaton.py`.
+
+Strings of bits are read, one window each, and evicted; then the first bit of
+each after t steps of Rule 110 is asked (paper, section 5). Sizes:
+  pocket (default): 2 strings of 10 bits, t = 4, strings held out; minutes on
+    2 CPU cores.
+  tiny: under a minute, for tests; learns nothing much.
+  paper: 4 strings of 24 bits, t = 32, d = 256, 4 layers; for an accelerator.
+T counts the answer marker, the labels, and the end token after them: the
+paper's 100 tokens and one more.
+"""
+
+import dataclasses
+
+from sleep_jax.config import (
+  DataConfig,
+  ExperimentConfig,
+  ModelConfig,
+  OptimizerConfig,
+  RunConfig,
+  SleepConfig,
+  to_config_dict,
+)
+from sleep_jax.tasks.rule110 import Rule110Config
+
+
+def pocket() -> ExperimentConfig:
+  """attn -> GDN of width 64: the smallest hybrid that shows the effect."""
+  return ExperimentConfig(
+    task=Rule110Config(width=10, strings=2, steps=4),
+    model=ModelConfig(pattern=((("attn", "gdn"), 1),), width=64),
+    sleep=SleepConfig(passes=4, window_length=10),
+    data=DataConfig(length=23, batch_size=128),
+    optimizer=OptimizerConfig(
+      muon_learning_rate=5e-3,
+      adamw_learning_rate=2e-3,
+      warmup_fraction=0.02,
+      decay_fraction=0.3,
+    ),
+    run=RunConfig(
+      steps=600, evaluate_every=100, checkpoint_every=300, log_every=20
+    ),
+  )
+
+
+def tiny() -> ExperimentConfig:
+  """Everything that pocket does, in seconds."""
+  config = pocket()
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(
+      config.model, width=32, mlp_width=64, key_dim=16, value_dim=16
+    ),
+    data=dataclasses.replace(config.data, batch_size=16),
+    run=RunConfig(
+      steps=20,
+      evaluate_every=10,
+      checkpoint_every=10,
+      log_every=5,
+      evaluation_examples=64,
+      evaluation_batch_size=32,
+    ),
+  )
+
+
+def paper() -> ExperimentConfig:
+  """The paper's automaton: batch 512, Muon 2e-3, AdamW 5e-5, 98k steps."""
+  return ExperimentConfig(
+    task=Rule110Config(width=24, strings=4, steps=32),
+    model=ModelConfig(
+      pattern=((("attn", "gdn"), 2),),
+      width=256,
+      fast_weight_heads=4,
+      key_dim=48,
+      value_dim=96,
+      mlp_width=1024,
+    ),
+    sleep=SleepConfig(passes=4, window_length=24),
+    data=DataConfig(length=101, batch_size=512),
+    optimizer=OptimizerConfig(),
+    run=RunConfig(steps=98_000, evaluate_every=2000, checkpoint_every=2000),
+  )
+
+
+SIZES = {"pocket": pocket, "tiny": tiny, "paper": paper}
+
+
+def get_config(size: str = "pocket"):
+  """The config of a size, as a `ConfigDict`."""
+  if size not in SIZES:
+    raise ValueError(f"unknown size {size!r}: one of {sorted(SIZES)}")
+  return to_config_dict(SIZES[size]())

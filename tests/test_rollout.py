@@ -1,0 +1,241 @@
+"""Sleep and rollout against the naive loop of `naive.py`, and by gradient."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sleep_jax.config import ModelConfig
+from sleep_jax.model.fast_weights import init_fast_weights
+from sleep_jax.model.hybrid_lm import HybridLM
+from sleep_jax.rollout import rollout
+from tests import naive
+
+VOCABULARY = 11
+WINDOW = 3
+CONFIG = ModelConfig(
+  pattern=((("attn", "gdn"), 2),),
+  width=8,
+  attention_heads=2,
+  key_value_heads=1,
+  fast_weight_heads=2,
+  key_dim=3,
+  value_dim=5,
+  convolution_size=3,
+  mlp_width=12,
+  compute_dtype="float64",
+)
+
+
+def make(config=CONFIG, seed=0):
+  """A model and parameters that no initialisation at 0 or 1 hides."""
+  model = HybridLM(config, VOCABULARY)
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  params = jax.jit(model.init)(
+    jax.random.key(seed), tokens, init_fast_weights(config, 1), tokens == 0
+  )["params"]
+  rng = np.random.default_rng(seed)
+  return model, jax.tree.map(
+    lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), params
+  )
+
+
+# Rows by their windows: "s" sleeps (no loss), "p" predicts at its last places.
+ROWS = {
+  "sleeps twice, then answers": [("s", 3), ("s", 3), ("p", 3)],
+  "answers in the middle, sleeps, answers": [("p", 3), ("s", 3), ("p", 2)],
+  "answers early, then nothing": [("s", 3), ("p", 3)],
+  "short first window": [("s", 2), ("s", 3), ("p", 3)],
+  "first window all padding": [("", 0), ("s", 3), ("p", 3)],
+}
+
+
+ROWS_END_AWAKE = [windows[-1][0] == "p" for windows in ROWS.values()]
+
+
+def make_rows(seed=0):
+  """(batch arrays [B, 3 windows], the same rows as lists without padding)."""
+  rng = np.random.default_rng(seed)
+  shape = len(ROWS), 3 * WINDOW
+  inputs = rng.integers(1, VOCABULARY, shape).astype(np.int32)
+  targets = rng.integers(1, VOCABULARY, shape).astype(np.int32)
+  mask, valid = np.zeros(shape, bool), np.zeros(shape, bool)
+  lists = []
+  for row, windows in enumerate(ROWS.values()):
+    pieces = []
+    for w, (kind, length) in enumerate(windows):
+      # Contexts are padded on their left, predictions on their right.
+      start = w * WINDOW + (WINDOW - length if kind == "s" else 0)
+      places = slice(start, start + length)
+      valid[row, places] = True
+      if kind == "p":
+        mask[row, start + length // 2 : start + length] = True
+      if length:
+        pieces.append(
+          (inputs[row, places], targets[row, places], mask[row, places])
+        )
+    lists.append(pieces)
+  return (inputs, targets, mask, valid), lists
+
+
+def batch_loss(model, params, arrays, passes, window=WINDOW):
+  return rollout(
+    model, params, *arrays, window_length=window, passes=passes
+  ).loss_sum
+
+
+@pytest.mark.parametrize(
+  "dtype, tolerance", [("float64", 1e-12), ("float32", 1e-5)]
+)
+@pytest.mark.parametrize("passes", [1, 3])
+def test_loss_and_gradients_equal_the_naive_loop(passes, dtype, tolerance):
+  with jax.enable_x64(dtype == "float64"):
+    config = dataclasses.replace(CONFIG, compute_dtype=dtype)
+    model, params = make(config)
+    arrays, rows = make_rows()
+
+    def naive_loss(params):
+      return sum(
+        naive.loss_sum(config, params, windows, passes)[0] for windows in rows
+      )
+
+    mine = jax.jit(
+      jax.value_and_grad(lambda p: batch_loss(model, p, arrays, passes))
+    )(params)
+    with jax.numpy_rank_promotion("allow"):
+      theirs = jax.value_and_grad(naive_loss)(params)
+    scale = float(theirs[0])
+    np.testing.assert_allclose(mine[0], theirs[0], rtol=tolerance)
+    jax.tree.map(
+      functools.partial(
+        np.testing.assert_allclose, rtol=0, atol=tolerance * scale
+      ),
+      mine[1],
+      theirs[1],
+    )
+
+
+def test_each_row_gets_what_it_would_get_alone():
+  with jax.enable_x64(True):
+    model, params = make()
+    arrays, rows = make_rows()
+    together = rollout(model, params, *arrays, window_length=WINDOW, passes=2)
+    for row, windows in enumerate(rows):
+      alone = rollout(
+        model,
+        params,
+        *(x[row : row + 1] for x in arrays),
+        window_length=WINDOW,
+        passes=2,
+      )
+      np.testing.assert_array_equal(
+        together.predictions[row], alone.predictions[0]
+      )
+      with jax.numpy_rank_promotion("allow"):
+        _, states = naive.loss_sum(CONFIG, params, windows, 2)
+      # The last window's sleep is left out: nothing reads its S.
+      if ROWS_END_AWAKE[row]:
+        for result, at in ((together, row), (alone, 0)):
+          for mine, theirs in (
+            (result.state[0][1][0, at], states[1]),
+            (result.state[0][1][1, at], states[3]),
+          ):
+            np.testing.assert_allclose(mine, theirs, atol=1e-12)
+
+
+def test_one_pass_is_the_ordinary_hybrid():
+  """N = 1: each window one forward pass, S going from one to the next."""
+  with jax.enable_x64(True):
+    model, params = make()
+    (inputs, targets, _, _), _ = make_rows()
+    everywhere = np.ones_like(inputs, bool)
+    mine = rollout(
+      model,
+      params,
+      inputs,
+      targets,
+      everywhere,
+      everywhere,
+      window_length=WINDOW,
+      passes=1,
+    )
+    state, total = init_fast_weights(CONFIG, len(ROWS)), 0.0
+    for start in range(0, inputs.shape[1], WINDOW):
+      window = slice(start, start + WINDOW)
+      logits, state = model.apply(
+        {"params": params}, inputs[:, window], state, everywhere[:, window]
+      )
+      logits, labels = np.asarray(logits), targets[:, window, None]
+      nats = (
+        np.log(np.exp(logits).sum(-1))
+        - np.take_along_axis(logits, labels, -1)[..., 0]
+      )
+      total += nats.sum()
+      np.testing.assert_array_equal(
+        mine.predictions[:, window], logits.argmax(-1)
+      )
+    np.testing.assert_allclose(mine.loss_sum, total, rtol=1e-12)
+
+
+def test_nothing_but_the_fast_weights_crosses_a_boundary():
+  """Without fast weights the past cannot matter; with them it does."""
+  (inputs, targets, _, _), _ = make_rows()
+  mask = np.zeros_like(inputs, bool)
+  mask[:, 2 * WINDOW :] = True
+  other = inputs.copy()
+  other[:, : 2 * WINDOW] = (inputs[:, : 2 * WINDOW] + 1) % VOCABULARY
+
+  def losses(kinds):
+    config = dataclasses.replace(
+      CONFIG, pattern=((kinds, 2),), compute_dtype="float32"
+    )
+    model, params = make(config)
+    return [
+      batch_loss(model, params, (x, targets, mask, np.ones_like(mask)), 2)
+      for x in (inputs, other)
+    ]
+
+  before, after = losses(("attn",))
+  assert before == after
+  before, after = losses(("attn", "gdn"))
+  assert abs(before - after) > 1e-3
+
+
+def test_one_long_window_attends_causally():
+  """A changed token changes no prediction before it, and some after it."""
+  model, params = make(dataclasses.replace(CONFIG, compute_dtype="float32"))
+  tokens = np.arange(10, dtype=np.int32)[None] % VOCABULARY
+  changed = tokens.copy()
+  changed[0, 6] += 1
+
+  def logits(tokens):
+    state = init_fast_weights(model.config, 1)
+    valid = np.ones(tokens.shape, bool)
+    return model.apply({"params": params}, tokens, state, valid)[0][0]
+
+  before, after = logits(tokens), logits(changed)
+  np.testing.assert_array_equal(before[:6], after[:6])
+  assert np.all(np.abs(before[6:] - after[6:]).max(1) > 1e-6)
+
+
+def test_the_graph_does_not_grow_with_passes_windows_or_depth():
+  def size(passes, windows, repeats):
+    config = dataclasses.replace(
+      CONFIG, pattern=((("attn", "gdn"), repeats),), compute_dtype="float32"
+    )
+    model = HybridLM(config, VOCABULARY)
+    length = windows * WINDOW + 2
+    tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
+    mask = jax.ShapeDtypeStruct((2, length), bool)
+    params = jax.eval_shape(lambda: make(config)[1])
+    gradient = jax.grad(lambda p, *arrays: batch_loss(model, p, arrays, passes))
+    return len(
+      str(jax.make_jaxpr(gradient)(params, tokens, tokens, mask, mask))
+    )
+
+  small = size(passes=2, windows=2, repeats=2)
+  # Numbers grow longer, equations do not grow more.
+  assert size(passes=8, windows=5, repeats=4) < 1.02 * small
