@@ -1,4 +1,6 @@
-"""Rule 110 with sleep: `python -m experiments.main --config=experiments/automaton.py`.
+"""Rule 110 with sleep.
+
+  python -m experiments.main --config=experiments/automaton.py
 
 Strings of bits are read, one window each, and evicted; then the first bit of
 each after t steps of Rule 110 is asked (paper, section 5). Sizes:

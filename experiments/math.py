@@ -1,4 +1,6 @@
-"""GSM-Infinite with sleep: `python -m experiments.main --config=experiments/math.py`.
+"""GSM-Infinite with sleep.
+
+  python -m experiments.main --config=experiments/math.py
 
 Sizes, as in `--config=experiments/math.py:tiny`:
   pocket (default): 2 CPU cores, under 15 minutes.

@@ -148,7 +148,7 @@ class OptimizerConfig:
       if not getattr(self, name) > 0:
         yield f"optimizer.{name} = {getattr(self, name)}: must be positive"
     if self.weight_decay < 0:
-      yield f"optimizer.weight_decay = {self.weight_decay}: must not be negative"
+      yield f"optimizer.weight_decay = {self.weight_decay}: must be at least 0"
     fractions = self.warmup_fraction, self.decay_fraction
     if min(fractions) < 0 or sum(fractions) > 1:
       yield (

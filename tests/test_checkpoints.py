@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, or say which step does not and why."""
 
+import itertools
 import logging
 import os
 import shutil
@@ -12,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from sleep_jax.training.checkpoints import (
   Checkpoints,
+  _checksum,
   export_params,
   restore_params,
 )
@@ -310,6 +313,43 @@ def test_parameters_that_are_not_there_are_refused_in_one_line(workdir):
     with pytest.raises(ValueError, match=message) as error:
       restore_params(place, params)
     assert str(place) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unfinished_step_is_no_source_of_parameters(workdir):
+  (folder(workdir, 2) / "commit_success.txt").unlink()
+  assert bits(restore_params(workdir, state(0)[0])) == bits(state(1)[0])
+
+
+def test_parameters_without_checksums_are_refused(tmp_path):
+  params = {"w": jnp.ones(3)}
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "other", params)
+  with pytest.raises(ValueError, match="checksums are missing"):
+    restore_params(tmp_path / "other", params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
+def test_the_checksum_changes_with_any_bit_and_any_two_places(dtype):
+  rng = np.random.default_rng(0)
+  array = np.asarray(jnp.asarray(rng.integers(0, 2, (3, 5)), dtype))
+  words = array.view(f"uint{8 * array.dtype.itemsize}")
+
+  def checksum(words):
+    return int(_checksum(words.view(array.dtype)))
+
+  changed = []
+  places = list(np.ndindex(3, 5))
+  for place in places:
+    for bit in range(1 if dtype == "bool" else 8 * array.dtype.itemsize):
+      flipped = words.copy()
+      flipped[place] ^= 1 << bit
+      changed.append(checksum(flipped))
+  for one, other in itertools.combinations(places, 2):
+    if words[one] != words[other]:
+      swapped = words.copy()
+      swapped[one], swapped[other] = words[other], words[one]
+      changed.append(checksum(swapped))
+  assert len({checksum(words), *changed}) == 1 + len(changed)
 
 
 SHARDED = """

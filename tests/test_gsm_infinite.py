@@ -489,10 +489,10 @@ def test_lengths_are_spread_over_the_bounds(style):
 
 
 def test_max_tokens_alone_bounds_without_noise():
-  free = GsmInfiniteConfig(style="terse", ops=(3,))
-  bounded = dataclasses.replace(free, max_tokens=40)
-  assert max(map(length, draw_many(free, 300))) > 100
-  assert max(map(length, draw_many(bounded, 300))) == 40
+  free = GsmInfiniteConfig(style="terse", ops=(3, 8), distractors=2)
+  bounded = dataclasses.replace(free, max_tokens=36)
+  assert max(map(length, draw_many(free, 300))) > 50
+  assert max(map(length, draw_many(bounded, 300))) == 36
 
 
 def test_lengths_are_counted_as_told():

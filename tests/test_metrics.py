@@ -43,6 +43,8 @@ def test_a_value_that_is_not_finite_is_null(tmp_path):
 def test_a_resumed_run_has_every_step_once(tmp_path):
   def run(start, stop):
     with MetricsWriter(tmp_path, total_steps=9, start_step=start) as writer:
+      if start == 0:
+        writer.write(0, {"loss": 0})
       for step in range(start + 1, stop + 1):
         writer.write(step, {"loss": 10 * start + step})
 
@@ -51,11 +53,11 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     file.write('{"step": 7, "lo')  # killed while writing
   run(4, 9)
   assert [(x["step"], x["loss"]) for x in lines(tmp_path)] == [
-    *((step, step) for step in (1, 2, 3, 4)),
+    *((step, step) for step in (0, 1, 2, 3, 4)),
     *((step, 40 + step) for step in (5, 6, 7, 8, 9)),
   ]
   run(0, 2)
-  assert [x["step"] for x in lines(tmp_path)] == [1, 2]
+  assert [x["step"] for x in lines(tmp_path)] == [0, 1, 2]
 
 
 def test_a_line_cut_short_is_passed_over_in_reading(tmp_path):
@@ -101,9 +103,10 @@ def test_on_a_terminal_a_bar_shows_the_run(tmp_path, monkeypatch):
       writer.write(40, {"loss": 1.5, "accuracy": 0.25})
       writer.write(40, {"eval/heldout/accuracy": 0.125})
     monkeypatch.undo()
+    os.set_blocking(controller, False)
     shown = os.read(controller, 10_000).decode()
   os.close(controller)
-  assert "20/100" in shown and "40/100" in shown
+  assert "20/100 [" in shown and "40/100 [" in shown
   assert "loss=1.5" in shown and "accuracy=0.25" in shown
   assert "step 40/100  eval/heldout/accuracy 0.125\r\n" in shown
 

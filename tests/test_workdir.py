@@ -105,5 +105,14 @@ def test_a_disk_that_fills_leaves_the_old_file(tmp_path):
     write_atomically(path, "new" * 1000)
   assert path.read_text() == "old"
   assert os.listdir(tmp_path) == ["results.json"]
-  write_atomically(path, "new")
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one_and_never_a_mixture(
+  tmp_path,
+):
+  path = tmp_path / "results.json"
+  write_atomically(path, "old")
+  with open(path) as reader:
+    write_atomically(path, "new")
+    assert reader.read() == "old"
   assert path.read_text() == "new"

@@ -110,7 +110,7 @@ def _intermediates(q, k, v, g, beta, state):
 
 @jax.custom_vjp
 def _chunk(q, k, v, g, beta, state):
-  """One chunk: q, k [B,H,C,K], v [B,H,C,V], g, beta [B,H,C], state [B,H,K,V]."""
+  """One chunk: q, k [B,H,C,K], v [B,H,C,V], g, beta [B,H,C], S [B,H,K,V]."""
   m = _intermediates(q, k, v, g, beta, state)
   attention = m["decay"] * m["queries_keys"]
   o = m["gamma"] * m["queries_state"] + jnp.einsum(

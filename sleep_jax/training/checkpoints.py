@@ -72,8 +72,6 @@ class Checkpoints:
       self._manager.delete(unreadable)
     self._unreadable = []
     latest = self._manager.latest_step()
-    if latest == step:
-      return
     if latest is not None and latest > step:
       raise ValueError(
         f"step {step} cannot be saved: {self._directory} holds the later step"
@@ -298,9 +296,10 @@ def _checksums(arrays: dict[str, Any]) -> dict[str, Any]:
 def _checksum(array: jax.Array) -> jax.Array:
   """A uint32 of the array's bits and their places, however it is sharded.
 
-  Compression keeps no checksum of its own: a flipped bit on disk would come
-  back as another weight. Sums wrap, so their order is free; each weight is
-  odd, so a change of one word always changes the sum.
+  The format keeps no checksum of numbers: a flipped bit on disk would come
+  back as another weight. Each word is mixed with its place (invertibly, so
+  that a change of one word never goes unseen) and the sum wraps, so that its
+  order is free.
   """
   if array.dtype == bool:
     array = array.astype(jnp.uint8)
@@ -310,9 +309,10 @@ def _checksum(array: jax.Array) -> jax.Array:
   for axis, size in enumerate(words.shape):
     along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
     place = place * np.uint32(size) + along
-  weight = place * np.uint32(2654435761)
-  weight = (weight ^ (weight >> 15)) | 1
-  return jnp.sum(words * weight, dtype=jnp.uint32)
+  mixed = words ^ (place * np.uint32(0x9E3779B1))
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+    mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
+  return jnp.sum(mixed, dtype=jnp.uint32)
 
 
 def _params_folder(path: epath.Path) -> epath.Path:

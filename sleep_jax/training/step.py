@@ -77,12 +77,9 @@ def make_train_step(
       return jax.tree.map(jnp.add, totals, (gradients, loss, right)), None
 
     cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    first = jax.tree.map(lambda x: x[0], cut)
-    shapes = jax.eval_shape(lambda: value_and_grad(params, first))
-    (loss, right), gradients = shapes
-    totals = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), (gradients, loss, right)
-    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    loss_dtype = jax.tree.leaves(params)[0].dtype
+    totals = zeros, jnp.zeros((), loss_dtype), jnp.zeros((), jnp.int32)
     return jax.lax.scan(add, totals, cut)[0]
 
   def train_step(state: TrainState, batch: Batch):
@@ -95,7 +92,7 @@ def make_train_step(
     metrics = {
       "loss": loss / count,
       "accuracy": right / batch.inputs.shape[0],
-      "grad_norm": optax.global_norm(gradients),
+      "grad_norm": optax.tree.norm(gradients),
     }
     params = optax.apply_updates(state.params, updates)
     return TrainState(params, optimizer_state), metrics

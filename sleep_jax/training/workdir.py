@@ -86,8 +86,8 @@ def _check_same_config(workdir: Path, old_text: str, new_text: str) -> None:
 
 
 def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
-  """Dotted path -> value; a list and an empty section are leaves too."""
-  if not isinstance(config, dict) or not config:
+  """Dotted path -> value; a list is a leaf."""
+  if not isinstance(config, dict):
     return {prefix: config}
   leaves: dict[str, Any] = {}
   for name, value in config.items():
