@@ -49,6 +49,19 @@ def pocket() -> ExperimentConfig:
   )
 
 
+def evening() -> ExperimentConfig:
+  """All depths, 1 to 8, at N = 4: the same model, trained for longer."""
+  config = pocket()
+  return dataclasses.replace(
+    config,
+    task=dataclasses.replace(
+      config.task, ops=(1, 2, 3, 4, 5, 6, 7, 8), max_value=30
+    ),
+    sleep=dataclasses.replace(config.sleep, passes=4),
+    run=RunConfig(steps=3000, evaluate_every=500, checkpoint_every=250),
+  )
+
+
 def tiny() -> ExperimentConfig:
   """Everything that pocket does, in seconds."""
   config = pocket()
@@ -75,7 +88,7 @@ def tiny() -> ExperimentConfig:
   )
 
 
-SIZES = {"pocket": pocket, "tiny": tiny}
+SIZES = {"pocket": pocket, "evening": evening, "tiny": tiny}
 NOT_YET = ("ouro_1_4b", "jet_nemotron_2b")
 
 

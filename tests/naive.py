@@ -48,8 +48,16 @@ def gated_delta_net(config, p, x, state):
   def silu(z):
     return z / (1 + jnp.exp(-z))
 
+  key_width = heads * config.key_dim
+  channels = {
+    "q": slice(0, key_width),
+    "k": slice(key_width, 2 * key_width),
+    "v": slice(2 * key_width, None),
+  }
+
   def convolved(name):
-    y, taps = x @ p[f"{name}_proj"]["kernel"], p[f"{name}_conv"]["kernel"]
+    y = x @ p[f"{name}_proj"]["kernel"]
+    taps = p["qkv_conv"]["kernel"][:, channels[name]]
     # A matrix that moves the sequence back by one token.
     later = jnp.eye(length, k=-1)
     z, moved = 0.0, y

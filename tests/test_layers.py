@@ -26,13 +26,10 @@ def test_gated_delta_net_layer_equals_stored_answers():
     key_dim=6,
     value_dim=12,
   )
-  taps = w["conv1d.weight"][:, 0].T  # [taps, q | k | v]
   params = {
     f"{name}_proj": {"kernel": w[f"{name}_proj.weight"].T} for name in "qkvgbao"
   } | {
-    "q_conv": {"kernel": taps[:, :24]},
-    "k_conv": {"kernel": taps[:, 24:48]},
-    "v_conv": {"kernel": taps[:, 48:]},
+    "qkv_conv": {"kernel": w["conv1d.weight"][:, 0].T},
     "A_log": w["A_log"],
     "dt_bias": w["dt_bias"],
     "o_norm": {"scale": w["o_norm.weight"]},

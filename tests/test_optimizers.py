@@ -37,7 +37,8 @@ def test_label_tree():
   attention = [f"mixer/{x}_proj/kernel" for x in "qkvo"]
   delta = [f"mixer/{x}_proj/kernel" for x in "qkvgbao"]
   norms = ["mixer_norm/scale", "mlp_norm/scale"]
-  extras = [f"mixer/{x}_conv/kernel" for x in "qkv"] + [
+  extras = [
+    "mixer/qkv_conv/kernel",
     "mixer/A_log",
     "mixer/dt_bias",
     "mixer/o_norm/scale",

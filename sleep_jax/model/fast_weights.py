@@ -70,19 +70,25 @@ class GatedDeltaNet(nn.Module):
     heads, batch_and_length = config.fast_weight_heads, x.shape[:2]
     compute, parameters = layers.dtypes(config)
 
-    def project(name, dim):
-      y = layers.dense(config, heads * dim, f"{name}_proj")(x)
-      return layers.clear_padding(y, valid)
-
-    def convolve(name, dim):
-      y = layers.ShortConvolution(
-        config.convolution_size, parameters, name=f"{name}_conv"
-      )(project(name, dim))
-      return y.reshape(*batch_and_length, heads, dim)
-
-    q = l2_normalise(convolve("q", config.key_dim))
-    k = l2_normalise(convolve("k", config.key_dim))
-    v = convolve("v", config.value_dim)
+    # One convolution over q | k | v; padding reaches it as zeros.
+    projected = [
+      layers.dense(config, heads * dim, f"{name}_proj")(x)
+      for name, dim in (
+        ("q", config.key_dim),
+        ("k", config.key_dim),
+        ("v", config.value_dim),
+      )
+    ]
+    mixed = layers.ShortConvolution(
+      config.convolution_size, parameters, name="qkv_conv"
+    )(layers.clear_padding(jnp.concatenate(projected, -1), valid))
+    q, k, v = (
+      y.reshape(*batch_and_length, heads, -1)
+      for y in jnp.split(
+        mixed, [heads * config.key_dim, 2 * heads * config.key_dim], axis=-1
+      )
+    )
+    q, k = l2_normalise(q), l2_normalise(k)
     beta = jax.nn.sigmoid(layers.dense(config, heads, "b_proj")(x))
     decay_rate = self.param("A_log", init_decay_rate, (heads,), parameters)
     time_bias = self.param("dt_bias", init_time_step, (heads,), parameters)
