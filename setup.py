@@ -20,6 +20,7 @@ setup(
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.3",
+    "etils>=1.13",
     "flax>=0.12.8",
     "grain>=0.2.18",
     "jax>=0.10.2",

@@ -126,6 +126,21 @@ def training_curves(
   _save(figure, path)
 
 
+def draw_run(
+  label: str, results: Mapping[str, Any], workdir: str | os.PathLike
+) -> None:
+  """Draws both figures of one run into its workdir.
+
+  Raises:
+    ValueError: matplotlib is missing.
+  """
+  workdir = Path(workdir)
+  accuracy_by_depth({label: [results]}, workdir / "accuracy_by_depth.png")
+  training_curves(
+    {label: [workdir / "metrics.jsonl"]}, workdir / "training_curves.png"
+  )
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m experiments.figures")
   parser.add_argument("--workdirs", required=True, help="DIR,DIR,...")

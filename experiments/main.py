@@ -4,8 +4,8 @@ Any leaf of the config can be overridden: `--config.sleep.passes=4`. Exit code
 2, with one line, when the config, the data or the workdir cannot be used.
 """
 
-import pathlib
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -18,46 +18,50 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def default_workdir(config_path: str) -> str:
-  """runs/math for experiments/math.py, runs/math-tiny for its size tiny."""
-  name, _, size = config_path.partition(":")
-  return "runs/" + "-".join(filter(None, [pathlib.Path(name).stem, size]))
-
-
 def fail(message: object):
   """Ends with one line on stderr and exit code 2."""
   sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
   sys.exit(2)
 
 
-def parse(argv):
+def parse(argv: list[str]) -> list[str]:
   """Parses the flags; whatever is wrong with them takes one line."""
   try:
     arguments = flags.FLAGS(argv)
-    flags.mark_flag_as_required("config")
   except Exception as error:  # a config file may raise anything
     fail(error)
+  if _CONFIG.value is None:
+    fail("--config is missing: give a file, as --config=experiments/math.py")
+  if len(arguments) > 1:
+    fail(f"unknown argument {arguments[1]!r}: use --config.LEAF=VALUE")
   return arguments
 
 
-def main(argv):
-  from sleep_jax import config as configs
+def main(_):
+  # After the flags: a mistyped one should not wait for JAX.
+  from experiments import figures
+  from sleep_jax.config import from_config_dict
   from sleep_jax.training import judging, loop
 
-  if len(argv) > 1:
-    fail(f"unknown argument {argv[1]!r}: settings are --config.LEAF=VALUE")
   logging.set_verbosity(logging.INFO)
   # The libraries below log every file of a checkpoint.
   logging.get_absl_handler().addFilter(
     lambda record: "sleep_jax" in record.pathname or record.levelno > 20
   )
-  path = config_flags.get_config_filename(flags.FLAGS["config"])
+  name, _, size = config_flags.get_config_filename(
+    flags.FLAGS["config"]
+  ).partition(":")
+  name = "-".join(filter(None, [Path(name).stem, size]))
+  folder = Path(_WORKDIR.value or f"runs/{name}")
   try:
-    config = configs.from_config_dict(_CONFIG.value)
-    results = loop.train(config, _WORKDIR.value or default_workdir(path))
+    results = loop.train(from_config_dict(_CONFIG.value), folder)
+    print(judging.format_table(results))
   except (ValueError, OSError) as error:
     fail(error)
-  print(judging.format_table(results))
+  try:
+    figures.draw_run(name, results, folder)
+  except ValueError as error:  # no matplotlib
+    logging.warning("no figures: %s", error)
 
 
 if __name__ == "__main__":

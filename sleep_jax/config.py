@@ -247,33 +247,35 @@ def from_config_dict(config: Any) -> ExperimentConfig:
       that names every violation.
   """
   config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
-  sections = {field.name for field in dataclasses.fields(ExperimentConfig)}
-  problems = [f"unknown section {name!r}" for name in config.keys() - sections]
-  problems += [f"missing section {name!r}" for name in sections - config.keys()]
-  if problems:
-    raise ValueError("bad config: " + "; ".join(sorted(problems)))
-  task_name = config["task"].get("name")
+  task_name = config.get("task", {}).get("name")
   if task_name not in TASKS:
     raise ValueError(
       f"bad config: task.name = {task_name!r}: one of {sorted(TASKS)}"
     )
   classes = {
-    field.name: field.type for field in dataclasses.fields(ExperimentConfig)
-  } | {"task": TASKS[task_name][0]}
-  built = {}
+    "task": TASKS[task_name],
+    "model": ModelConfig,
+    "sleep": SleepConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "run": RunConfig,
+  }
+  problems = [f"unknown section {x!r}" for x in config.keys() - classes.keys()]
+  problems += [f"missing section {x!r}" for x in classes.keys() - config.keys()]
+  sections: dict[str, Any] = {}
   for name, section_class in classes.items():
+    given = config.get(name, {})
     leaves = {field.name for field in dataclasses.fields(section_class)}
-    given = config[name]
     problems += [f"unknown leaf {name}.{x}" for x in given.keys() - leaves]
     problems += [f"missing leaf {name}.{x}" for x in leaves - given.keys()]
     if given.keys() == leaves:
       try:
-        built[name] = section_class(**given)
-      except ValueError as error:
-        problems += [f"{name}.{line}" for line in str(error).splitlines()]
+        sections[name] = section_class(**given)
+      except ValueError as error:  # a task's settings check themselves
+        problems += str(error).splitlines()
   if not problems:
-    experiment = ExperimentConfig(**built)
-    problems = list(experiment.violations())
-  if problems:
-    raise ValueError("bad config: " + "; ".join(problems))
-  return experiment
+    experiment = ExperimentConfig(**sections)
+    problems += experiment.violations()
+    if not problems:
+      return experiment
+  raise ValueError("bad config: " + "; ".join(sorted(problems)))

@@ -86,27 +86,30 @@ def gated_delta_net(config, p, x, state):
   return y @ p["o_proj"]["kernel"], state
 
 
-@functools.partial(jax.jit, static_argnums=0)  # a pass is one small program
+@functools.partial(jax.jit, static_argnums=(0, 1))  # small, compiled once
+def block(config, kind, p, h, state):
+  """(h [T, D], S) after one block."""
+  x = rms_norm(h, p["mixer_norm"]["scale"], config.norm_eps)
+  if kind == "attn":
+    y = attention(config, p["mixer"], x)
+  else:
+    y, state = gated_delta_net(config, p["mixer"], x, state)
+  h = h + y
+  x = rms_norm(h, p["mlp_norm"]["scale"], config.norm_eps)
+  z = x @ p["mlp"]["gate_proj"]["kernel"]
+  z = z / (1 + jnp.exp(-z)) * (x @ p["mlp"]["up_proj"]["kernel"])
+  return h + z @ p["mlp"]["down_proj"]["kernel"], state
+
+
 def blocks(config, params, h, states):
   """One pass over h [T, D]; states: a list, one entry for each block."""
   states, i = list(states), 0
   for g, (kinds, repeats) in enumerate(config.pattern):
     for r in range(repeats):
       for j, kind in enumerate(kinds):
-        p = jax.tree.map(
-          lambda x, r=r: x[r], params[f"group_{g}"][f"{kind}_{j}"]
-        )
-        x = rms_norm(h, p["mixer_norm"]["scale"], config.norm_eps)
-        if kind == "attn":
-          y = attention(config, p["mixer"], x)
-        else:
-          y, states[i] = gated_delta_net(config, p["mixer"], x, states[i])
-        h = h + y
-        x = rms_norm(h, p["mlp_norm"]["scale"], config.norm_eps)
-        mlp = p["mlp"]
-        z = x @ mlp["gate_proj"]["kernel"]
-        up = x @ mlp["up_proj"]["kernel"]
-        h = h + (z / (1 + jnp.exp(-z)) * up) @ mlp["down_proj"]["kernel"]
+        p = params[f"group_{g}"][f"{kind}_{j}"]
+        p = jax.tree.map(lambda x, r=r: x[r], p)
+        h, states[i] = block(config, kind, p, h, states[i])
         i += 1
   return h, states
 

@@ -148,6 +148,12 @@ def test_input_that_does_not_fit_together_is_refused(argument, value, message):
     judge(*arguments)
 
 
+def test_an_answer_of_nothing_but_the_end_token_is_refused():
+  one = np.ones((1, 1), bool)
+  with pytest.raises(ValueError, match="example 0 has 1 answer places"):
+    judge("heldout", one, one, [""], np.array([2]), ["forward"])
+
+
 def test_no_example_is_refused():
   split, right, mask, answers, depth, modes = by_hand()
   with pytest.raises(ValueError, match="at least 1"):

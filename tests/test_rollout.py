@@ -81,56 +81,62 @@ def make_rows(seed=0):
   return (inputs, targets, mask, valid), lists
 
 
-def batch_loss(model, params, arrays, passes, window=WINDOW):
-  return rollout(
-    model, params, *arrays, window_length=window, passes=passes
-  ).loss_sum
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def run(model, params, arrays, passes):
+  return rollout(model, params, *arrays, window_length=WINDOW, passes=passes)
+
+
+@pytest.fixture(scope="module")
+def naive_answers():
+  """Parameters, and N -> (loss, gradients) of all rows by the naive loop."""
+  _, rows = make_rows()
+
+  def loss(params, passes):
+    return sum(
+      naive.loss_sum(CONFIG, params, windows, passes)[0] for windows in rows
+    )
+
+  with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+    _, params = make()
+    answers = {
+      passes: jax.value_and_grad(loss)(params, passes) for passes in (1, 3)
+    }
+    return jax.tree.map(np.asarray, (params, answers))
 
 
 @pytest.mark.parametrize(
-  "dtype, tolerance", [("float64", 1e-12), ("float32", 1e-5)]
+  "passes, dtype, tolerance",
+  [(1, "float64", 1e-12), (3, "float64", 1e-12), (3, "float32", 1e-5)],
 )
-@pytest.mark.parametrize("passes", [1, 3])
-def test_loss_and_gradients_equal_the_naive_loop(passes, dtype, tolerance):
+def test_loss_and_gradients_equal_the_naive_loop(
+  naive_answers, passes, dtype, tolerance
+):
+  params, answers = naive_answers
+  expected_loss, expected = answers[passes]
   with jax.enable_x64(dtype == "float64"):
-    config = dataclasses.replace(CONFIG, compute_dtype=dtype)
-    model, params = make(config)
-    arrays, rows = make_rows()
-
-    def naive_loss(params):
-      return sum(
-        naive.loss_sum(config, params, windows, passes)[0] for windows in rows
-      )
-
-    mine = jax.jit(
-      jax.value_and_grad(lambda p: batch_loss(model, p, arrays, passes))
-    )(params)
-    with jax.numpy_rank_promotion("allow"):
-      theirs = jax.value_and_grad(naive_loss)(params)
-    scale = float(theirs[0])
-    np.testing.assert_allclose(mine[0], theirs[0], rtol=tolerance)
-    jax.tree.map(
-      functools.partial(
-        np.testing.assert_allclose, rtol=0, atol=tolerance * scale
-      ),
-      mine[1],
-      theirs[1],
+    model = HybridLM(
+      dataclasses.replace(CONFIG, compute_dtype=dtype), VOCABULARY
     )
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    arrays, _ = make_rows()
+    loss, gradients = jax.jit(
+      jax.value_and_grad(lambda p: run(model, p, arrays, passes).loss_sum)
+    )(params)
+  np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
+  largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected))
+  for mine, theirs in zip(
+    jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(mine, theirs, rtol=0, atol=tolerance * largest)
 
 
 def test_each_row_gets_what_it_would_get_alone():
   with jax.enable_x64(True):
     model, params = make()
     arrays, rows = make_rows()
-    together = rollout(model, params, *arrays, window_length=WINDOW, passes=2)
+    together = run(model, params, arrays, 2)
     for row, windows in enumerate(rows):
-      alone = rollout(
-        model,
-        params,
-        *(x[row : row + 1] for x in arrays),
-        window_length=WINDOW,
-        passes=2,
-      )
+      alone = run(model, params, tuple(x[row : row + 1] for x in arrays), 2)
       np.testing.assert_array_equal(
         together.predictions[row], alone.predictions[0]
       )
@@ -152,20 +158,12 @@ def test_one_pass_is_the_ordinary_hybrid():
     model, params = make()
     (inputs, targets, _, _), _ = make_rows()
     everywhere = np.ones_like(inputs, bool)
-    mine = rollout(
-      model,
-      params,
-      inputs,
-      targets,
-      everywhere,
-      everywhere,
-      window_length=WINDOW,
-      passes=1,
-    )
+    mine = run(model, params, (inputs, targets, everywhere, everywhere), 1)
+    forward = jax.jit(model.apply)
     state, total = init_fast_weights(CONFIG, len(ROWS)), 0.0
     for start in range(0, inputs.shape[1], WINDOW):
       window = slice(start, start + WINDOW)
-      logits, state = model.apply(
+      logits, state = forward(
         {"params": params}, inputs[:, window], state, everywhere[:, window]
       )
       logits, labels = np.asarray(logits), targets[:, window, None]
@@ -194,7 +192,7 @@ def test_nothing_but_the_fast_weights_crosses_a_boundary():
     )
     model, params = make(config)
     return [
-      batch_loss(model, params, (x, targets, mask, np.ones_like(mask)), 2)
+      run(model, params, (x, targets, mask, np.ones_like(mask)), 2).loss_sum
       for x in (inputs, other)
     ]
 
@@ -214,7 +212,7 @@ def test_one_long_window_attends_causally():
   def logits(tokens):
     state = init_fast_weights(model.config, 1)
     valid = np.ones(tokens.shape, bool)
-    return model.apply({"params": params}, tokens, state, valid)[0][0]
+    return jax.jit(model.apply)({"params": params}, tokens, state, valid)[0][0]
 
   before, after = logits(tokens), logits(changed)
   np.testing.assert_array_equal(before[:6], after[:6])
@@ -231,7 +229,9 @@ def test_the_graph_does_not_grow_with_passes_windows_or_depth():
     tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
     mask = jax.ShapeDtypeStruct((2, length), bool)
     params = jax.eval_shape(lambda: make(config)[1])
-    gradient = jax.grad(lambda p, *arrays: batch_loss(model, p, arrays, passes))
+    gradient = jax.grad(
+      lambda p, *arrays: run(model, p, arrays, passes).loss_sum
+    )
     return len(
       str(jax.make_jaxpr(gradient)(params, tokens, tokens, mask, mask))
     )

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from sleep_jax.array_types import Hidden, Mask
+from sleep_jax.config import ModelConfig
 from sleep_jax.model import layers
 
 
@@ -15,7 +16,7 @@ class Attention(nn.Module):
   window sees nothing of them (hard eviction). Padding is never attended to.
   """
 
-  config: object
+  config: ModelConfig
 
   @nn.compact
   def __call__(

@@ -3,6 +3,7 @@
 import flax.linen as nn
 
 from sleep_jax.array_types import Hidden, Mask
+from sleep_jax.config import ModelConfig
 from sleep_jax.model import layers
 from sleep_jax.model.attention import Attention
 from sleep_jax.model.fast_weights import GatedDeltaNet
@@ -13,7 +14,7 @@ MIXERS = {"attn": Attention, "gdn": GatedDeltaNet}
 class Block(nn.Module):
   """(h, state) -> (h, state) for one kind of mixer."""
 
-  config: object
+  config: ModelConfig
   kind: str
 
   @nn.compact
@@ -28,7 +29,7 @@ class Block(nn.Module):
 class Group(nn.Module):
   """One repeat of a pattern's group: its blocks in order."""
 
-  config: object
+  config: ModelConfig
   kinds: tuple[str, ...]
 
   @nn.compact
@@ -45,7 +46,7 @@ class Group(nn.Module):
     return h, tuple(new_states)
 
 
-def repeated(config, kinds, repeats, name):
+def repeated(config: ModelConfig, kinds, repeats: int, name: str):
   """`repeats` Groups with stacked parameters, run by one `lax.scan`.
 
   States come in and go out stacked on a leading axis R.

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_delta.api import gated_delta_rule
 from sleep_jax.array_types import FastWeights, Hidden, Mask
+from sleep_jax.config import ModelConfig
 from sleep_jax.model import layers
 
 # Of the l2 norm of q and k, and of the gated norm of the output (fla's
@@ -14,7 +15,7 @@ KEY_NORM_EPS = 1e-6
 OUTPUT_NORM_EPS = 1e-5
 
 
-def init_fast_weights(config, batch_size: int):
+def init_fast_weights(config: ModelConfig, batch_size: int):
   """The start state of `HybridLM`: zeros (paper, Algorithm 1, line 1).
 
   A tuple over the pattern's groups of tuples over a group's blocks: None for
@@ -60,7 +61,7 @@ class GatedDeltaNet(nn.Module):
   section 3). A padded place writes nothing and decays nothing.
   """
 
-  config: object
+  config: ModelConfig
 
   @nn.compact
   def __call__(

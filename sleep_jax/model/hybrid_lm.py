@@ -3,6 +3,7 @@
 import flax.linen as nn
 
 from sleep_jax.array_types import Hidden, Logits, Mask, Tokens
+from sleep_jax.config import ModelConfig
 from sleep_jax.model import blocks, layers
 
 
@@ -14,7 +15,7 @@ class HybridLM(nn.Module):
   `__call__` is the ordinary forward pass over one window.
   """
 
-  config: object
+  config: ModelConfig
   vocabulary_size: int
 
   def setup(self):

@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 
 from sleep_jax.array_types import Hidden, Mask
+from sleep_jax.config import ModelConfig
 
 
-def dtypes(config):
+def dtypes(config: ModelConfig):
   """(compute dtype, parameter dtype) of a `ModelConfig`."""
   compute = jnp.dtype(config.compute_dtype)
   return compute, jnp.promote_types(compute, jnp.float32)
@@ -35,7 +36,7 @@ def _product_backward(residuals, dy):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def dense(config, features, name):
+def dense(config: ModelConfig, features: int, name: str):
   """A linear layer without bias, in the config's dtypes."""
   compute, parameters = dtypes(config)
   return nn.Dense(
@@ -48,7 +49,7 @@ def dense(config, features, name):
   )
 
 
-def norm(config, name=None):
+def norm(config: ModelConfig, name: str | None = None):
   """RMSNorm with a learned scale."""
   compute, parameters = dtypes(config)
   return nn.RMSNorm(
@@ -97,7 +98,7 @@ class ShortConvolution(nn.Module):
 class SwiGLU(nn.Module):
   """down(silu(gate(x)) * up(x))."""
 
-  config: object
+  config: ModelConfig
 
   @nn.compact
   def __call__(self, x: Hidden) -> Hidden:

@@ -1,5 +1,7 @@
 """Tasks: sources of examples as text."""
 
+from collections.abc import Callable
+
 from sleep_jax.tasks.base import Task
 from sleep_jax.tasks.gsm_infinite import (
   GsmInfinite,
@@ -8,28 +10,37 @@ from sleep_jax.tasks.gsm_infinite import (
 )
 from sleep_jax.tasks.rule110 import Rule110, Rule110Config
 
-# Name in a config -> (class of its settings, class of the task).
-TASKS = {
-  "gsm_infinite": (GsmInfiniteConfig, GsmInfinite),
-  "rule110": (Rule110Config, Rule110),
-}
+# Name in a config -> class of that task's settings.
+TASKS = {"gsm_infinite": GsmInfiniteConfig, "rule110": Rule110Config}
 
 
-def make_task(config: GsmInfiniteConfig | Rule110Config, path: str, seed: int):
+def make_task(
+  config: GsmInfiniteConfig | Rule110Config,
+  path: str,
+  seed: int,
+  count_tokens: Callable[[str], int],
+) -> Task:
   """The task of a config: read from the JSONL file at `path`, or generated.
+
+  Args:
+    config: the task's settings.
+    path: a JSONL file of problems; "" generates them.
+    seed: of the generated examples.
+    count_tokens: length of a text, for the lengths that the config asks for.
 
   Raises:
     ValueError: the file cannot be used, or the task is none that has files.
   """
-  if not path:
-    _, task = TASKS[config.name]
-    return task(config, seed)
-  if not isinstance(config, GsmInfiniteConfig):
-    raise ValueError(
-      f"data.path = {path!r}: only gsm_infinite reads files; leave it empty "
-      f"for {config.name}"
-    )
-  return GsmInfiniteFile(path, config.heldout_fraction)
+  if isinstance(config, Rule110Config):
+    if path:
+      raise ValueError(
+        f"data.path = {path!r}: only gsm_infinite reads files; leave it empty "
+        "for rule110"
+      )
+    return Rule110(config, seed)
+  if path:
+    return GsmInfiniteFile(path, config.heldout_fraction)
+  return GsmInfinite(config, seed, count_tokens)
 
 
 __all__ = ["TASKS", "Task", "make_task"]

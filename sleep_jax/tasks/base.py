@@ -37,10 +37,17 @@ class Task(Protocol):
     text_separator: what stands between two symbols: " " or "".
   """
 
-  eval_splits: Sequence[str]
-  modes: Sequence[str]
-  vocabulary: Sequence[str]
-  text_separator: str
+  @property
+  def eval_splits(self) -> Sequence[str]: ...
+
+  @property
+  def modes(self) -> Sequence[str]: ...
+
+  @property
+  def vocabulary(self) -> Sequence[str]: ...
+
+  @property
+  def text_separator(self) -> str: ...
 
   def size(self, split: str) -> int | None:
     """Number of examples in a split; None when they never end."""

@@ -27,21 +27,23 @@ def evaluate(predict, params, split: str, batches: list[Batch], modes) -> tuple:
     batch_loss, batch_predictions = predict(params, batch)
     loss_sum += float(batch_loss)
     predictions.append(np.asarray(batch_predictions))
-  whole = Batch(*(np.concatenate(x) for x in zip(*batches, strict=True)))
-  used = whole.loss_mask.any(axis=1)
-  whole = Batch(*(x[used] for x in whole))
+  _, targets, mask, _, depth, mode = (
+    np.concatenate(column) for column in zip(*batches, strict=True)
+  )
+  used = mask.any(axis=1)
+  answers = [
+    tuple(row_targets[row_mask][:-1].tolist())
+    for row_targets, row_mask in zip(targets[used], mask[used], strict=True)
+  ]
   results = judging.judge(
     split,
-    np.concatenate(predictions)[used] == whole.targets,
-    whole.loss_mask,
-    [
-      tuple(targets[mask][:-1].tolist())
-      for targets, mask in zip(whole.targets, whole.loss_mask, strict=True)
-    ],
-    whole.depth,
-    [modes[mode] for mode in whole.mode],
+    (np.concatenate(predictions) == targets)[used],
+    mask[used],
+    answers,
+    depth[used],
+    [modes[i] for i in mode[used]],
   )
-  return results, loss_sum / int(whole.loss_mask.sum())
+  return results, loss_sum / int(mask.sum())
 
 
 def greedy_decode(predict, params, batch: Batch) -> Any:

@@ -43,7 +43,13 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
   """
   # Data first: what is wrong with it should be known before compiling.
   run = config.run
-  task = make_task(config.task, config.data.path, config.data.seed)
+  task = make_task(
+    config.task,
+    config.data.path,
+    config.data.seed,
+    # The tokenizer may need the task's vocabulary: made next, called later.
+    lambda text: len(tokenizer.encode(text)),
+  )
   tokenizer = make_tokenizer(
     config.data.tokenizer, task.vocabulary, task.text_separator
   )
@@ -113,7 +119,8 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
           config, start, state, train_step, batches, judge, saved, writer
         )
       results, metrics = judge(state.params, 1)
-      writer.write(run.steps, metrics)
+      if start < run.steps or not run.steps:
+        writer.write(run.steps, metrics)
   judging.write_results(folder, results)
   _show_examples(predict, state.params, evaluation, tokenizer)
   return results
@@ -170,20 +177,21 @@ def _steps(config, start, state, train_step, batches, judge, saved, writer):
       write_line(*due)
       due = None
     last = step == run.steps
+    evaluates = not last and step % run.evaluate_every == 0
+    saves = last or step % run.checkpoint_every == 0
     if last or step % run.log_every == 0:
       due = step, recent, waited
       waited, recent = 0.0, []
-    if not last and step % run.evaluate_every == 0:
-      if due is not None:
-        write_line(*due)
-        due = None
-      before = time.perf_counter()
+    if due is not None and (evaluates or saves):
+      write_line(*due)
+      due = None
+    before = time.perf_counter()
+    if evaluates:
       writer.write(step, judge(state.params, _SHARE_ON_THE_WAY)[1])
-      last_line += time.perf_counter() - before
-    if last or step % run.checkpoint_every == 0:
+    if saves:
       saved.save(step, *state, batches)
-  if due is not None:
-    write_line(*due)
+    # Neither belongs to the steps' own speed.
+    last_line += time.perf_counter() - before
   return state
 
 

@@ -1,6 +1,6 @@
 """One optimizer step, and the predictions of a batch, as jitted functions."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from sleep_jax.rollout import Rollout, rollout
 class TrainState(NamedTuple):
   """Parameters and optimizer state; float32 whatever the compute dtype."""
 
-  params: dict
+  params: Any
   optimizer: optax.OptState
 
 

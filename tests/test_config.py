@@ -1,0 +1,110 @@
+"""Every wrong setting is named in one line, before anything compiles."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import automaton, math
+from sleep_jax.config import (
+  ExperimentConfig,
+  from_config_dict,
+  to_config_dict,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+  "module, size",
+  [(math, size) for size in math.SIZES]
+  + [(automaton, size) for size in automaton.SIZES],
+)
+def test_every_size_is_valid_and_comes_back_unchanged(module, size):
+  config = module.SIZES[size]()
+  assert from_config_dict(module.get_config(size)) == config
+
+
+def test_sizes_that_are_not_there():
+  with pytest.raises(ValueError, match="'ouro_1_4b' is not there yet"):
+    math.get_config("ouro_1_4b")
+  with pytest.raises(ValueError, match="unknown size 'huge'.*pocket"):
+    math.get_config("huge")
+
+
+@pytest.mark.parametrize(
+  "leaf, value, message",
+  [
+    ("sleep.passes", 0, r"sleep.passes = 0: N must be at least 1"),
+    ("sleep.window_length", 0, r"sleep.window_length = 0"),
+    ("sleep.window_length", -3, r"sleep.window_length = -3"),
+    ("data.length", 20, r"data.length = 20: .* sleep.window_length = 32"),
+    ("data.batch_size", 0, r"data.batch_size = 0"),
+    ("optimizer.accumulation_steps", 3, r"batch_size = 64: .* multiple"),
+    ("optimizer.clip_norm", 0.0, r"optimizer.clip_norm = 0.0"),
+    ("optimizer.decay_fraction", 1.5, r"must sum to at most 1"),
+    ("model.width", 63, r"model.width = 63: must be a multiple"),
+    ("model.key_value_heads", 3, r"model.key_value_heads = 3: must divide"),
+    ("model.compute_dtype", "float16", r"model.compute_dtype = 'float16'"),
+    ("model.pattern", ((("attn", "rnn"), 2),), r"model.pattern = .*rnn"),
+    ("model.pattern", "attn", r"model.pattern = 'attn'"),
+    ("run.steps", -1, r"run.steps = -1"),
+    ("task.name", "chess", r"task.name = 'chess': one of .*rule110"),
+    ("task.ops", (9,), r"task.ops = \(9,\)"),
+  ],
+)
+def test_a_bad_value_is_named(leaf, value, message):
+  config = to_config_dict(ExperimentConfig())
+  config.update_from_flattened_dict({leaf: value})
+  with pytest.raises(ValueError, match=message) as error:
+    from_config_dict(config)
+  assert "\n" not in str(error.value)
+
+
+def test_all_violations_come_in_one_error():
+  config = dataclasses.asdict(ExperimentConfig())
+  config["sleep"]["passes"] = 0
+  config["model"]["width"] = -1
+  config["run"]["speed"] = 3
+  del config["data"]["seed"]
+  with pytest.raises(ValueError) as error:
+    from_config_dict(config)
+  assert "unknown leaf run.speed" in str(error.value)
+  assert "missing leaf data.seed" in str(error.value)
+  del config["run"]["speed"]
+  config["data"]["seed"] = 0
+  with pytest.raises(ValueError) as error:
+    from_config_dict(config)
+  assert "sleep.passes" in str(error.value)
+  assert "model.width" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    (["--config.sleep.pases=4"], ["pases"]),
+    (["--config.sleep.passes=four"], ["passes", "four"]),
+    (["--config.sleep.passes=0"], ["sleep.passes = 0", "at least 1"]),
+    (["sleep.passes=4"], ["sleep.passes=4", "--config.LEAF"]),
+    (["--workdir=README.md/x"], ["README.md/x", "--workdir"]),
+    (["--config.data.path=missing.jsonl"], ["missing.jsonl"]),
+    (["--config.data.length=66"], ["length = 66", "at least 67"]),
+  ],
+)
+def test_bad_command_lines_exit_in_one_line(arguments, words):
+  result = subprocess.run(
+    [sys.executable, "-m", "experiments.main"]
+    + ["--config=experiments/math.py:tiny", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  errors = [
+    line for line in result.stderr.splitlines() if line.startswith("error:")
+  ]
+  assert result.returncode == 2, result.stderr
+  assert len(errors) == 1 and "Traceback" not in result.stderr
+  for word in words:
+    assert word in errors[0]

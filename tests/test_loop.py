@@ -1,0 +1,147 @@
+"""Whole runs: what they leave behind, and that they resume to the bit."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import automaton
+from sleep_jax.data.tokenizers import make_tokenizer
+from sleep_jax.model.hybrid_lm import HybridLM
+from sleep_jax.tasks import make_task
+from sleep_jax.tasks.gsm_infinite import GsmInfiniteConfig
+from sleep_jax.tasks.gsm_infinite.__main__ import main as gsm_infinite
+from sleep_jax.training import checkpoints, loop
+from sleep_jax.training.step import init_params
+
+CONFIG = automaton.tiny()
+CONFIG = dataclasses.replace(
+  CONFIG,
+  model=dataclasses.replace(
+    CONFIG.model, width=8, attention_heads=2, key_value_heads=2, mlp_width=8
+  ),
+  sleep=dataclasses.replace(CONFIG.sleep, passes=2),
+  run=dataclasses.replace(
+    CONFIG.run, steps=6, checkpoint_every=2, evaluate_every=3, log_every=2
+  ),
+)
+
+
+def final_params(workdir, config=CONFIG):
+  task = make_task(config.task, "", 0, len)
+  vocabulary = make_tokenizer("words", task.vocabulary, "").vocab_size
+  like = init_params(HybridLM(config.model, vocabulary), 0)
+  return checkpoints.restore_params(workdir, like)
+
+
+def equal(one, other):
+  return all(
+    np.array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+  )
+
+
+def lines(workdir):
+  return [
+    json.loads(line)
+    for line in (workdir / "metrics.jsonl").read_text().splitlines()
+  ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run")
+  results = loop.train(CONFIG, workdir)
+  return workdir, results
+
+
+def test_what_a_run_leaves_behind(finished):
+  workdir, results = finished
+  assert json.loads((workdir / "config.json").read_text()) == json.loads(
+    json.dumps(dataclasses.asdict(CONFIG))
+  )
+  assert json.loads((workdir / "results.json").read_text()) == results
+  assert set(results) == {"seen", "heldout"}
+  scores = results["heldout"]["depth"]["4"]
+  assert scores["count"] == CONFIG.run.evaluation_examples
+  training = [line for line in lines(workdir) if "loss" in line]
+  assert [line["step"] for line in training] == [2, 4, 6]
+  evaluations = [line for line in lines(workdir) if "eval/seen/loss" in line]
+  assert [line["step"] for line in evaluations] == [3, 6]
+  # The rate of the last step, as the schedule has it.
+  assert 0 < training[-1]["learning_rate"] < training[0]["learning_rate"]
+
+
+@pytest.mark.parametrize("damage", ["never written", "truncated"])
+def test_a_stopped_run_ends_with_the_same_bits(finished, tmp_path, damage):
+  """The newest checkpoint is missing, or half of it: on from the one before."""
+  workdir = tmp_path / "copy"
+  shutil.copytree(finished[0], workdir)
+  newest = workdir / "checkpoints" / "6"
+  if damage == "never written":
+    shutil.rmtree(newest)
+  else:
+    for path in (newest / "params").rglob("*"):
+      if path.is_file():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  (workdir / "results.json").unlink()
+  results = loop.train(CONFIG, workdir)
+  assert results == finished[1]
+  assert equal(final_params(workdir), final_params(finished[0]))
+
+  def comparable(run):
+    clocks = ("second", "wait")
+    return [
+      {k: v for k, v in line.items() if not any(c in k for c in clocks)}
+      for line in lines(run)
+    ]
+
+  assert comparable(workdir) == comparable(finished[0])
+
+
+def test_another_config_is_refused_and_nothing_lost(finished):
+  workdir, _ = finished
+  before = (workdir / "metrics.jsonl").read_bytes()
+  other = dataclasses.replace(
+    CONFIG, sleep=dataclasses.replace(CONFIG.sleep, passes=3)
+  )
+  with pytest.raises(ValueError, match="sleep.passes: 2 there, 3 now"):
+    loop.train(other, workdir)
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+  assert (workdir / "checkpoints" / "6").exists()
+
+
+def test_judging_alone_from_other_parameters(finished, tmp_path):
+  """run.steps = 0 and run.init_from: the same results, another N allowed."""
+  config = dataclasses.replace(
+    CONFIG,
+    run=dataclasses.replace(CONFIG.run, steps=0, init_from=str(finished[0])),
+  )
+  assert loop.train(config, tmp_path / "judged") == finished[1]
+  wider = dataclasses.replace(
+    config, model=dataclasses.replace(config.model, width=16)
+  )
+  with pytest.raises(ValueError, match="but the model's is"):
+    loop.train(wider, tmp_path / "wider")
+
+
+def test_problems_from_a_file(tmp_path, monkeypatch):
+  """data.path: the original's JSONL format, here written by our generator."""
+  path = tmp_path / "problems.jsonl"
+  arguments = "--count=60 --style=terse --themes=zoo --ops=1,2 --layers=2"
+  monkeypatch.setattr(
+    "sys.argv", ["gsm", "write", str(path), *arguments.split()]
+  )
+  assert gsm_infinite() == 0
+  config = dataclasses.replace(
+    CONFIG,
+    task=GsmInfiniteConfig(heldout_fraction=0.3),
+    data=dataclasses.replace(CONFIG.data, path=str(path), length=193),
+    sleep=dataclasses.replace(CONFIG.sleep, window_length=64),
+    run=dataclasses.replace(CONFIG.run, steps=2),
+  )
+  results = loop.train(config, tmp_path / "run")
+  assert 0 < results["heldout"]["overall"]["count"] < 60
