@@ -4,7 +4,7 @@
 
 Strings of bits are read, one window each, and evicted; then the first bit of
 each after t steps of Rule 110 is asked (paper, section 5). Sizes:
-  pocket (default): 2 strings of 10 bits, t = 4, strings held out; minutes on
+  pocket (default): 2 strings of 16 bits, t = 4, strings held out; minutes on
     2 CPU cores.
   tiny: under a minute, for tests; learns nothing much.
   paper: 4 strings of 24 bits, t = 32, d = 256, 4 layers; for an accelerator.
@@ -29,10 +29,10 @@ from sleep_jax.tasks.rule110 import Rule110Config
 def pocket() -> ExperimentConfig:
   """attn -> GDN of width 64: the smallest hybrid that shows the effect."""
   return ExperimentConfig(
-    task=Rule110Config(width=10, strings=2, steps=4),
+    task=Rule110Config(width=16, strings=2, steps=4),
     model=ModelConfig(pattern=((("attn", "gdn"), 1),), width=64),
-    sleep=SleepConfig(passes=4, window_length=10),
-    data=DataConfig(length=23, batch_size=128),
+    sleep=SleepConfig(passes=4, window_length=16),
+    data=DataConfig(length=35, batch_size=128),
     optimizer=OptimizerConfig(
       muon_learning_rate=5e-3,
       adamw_learning_rate=2e-3,
@@ -40,7 +40,7 @@ def pocket() -> ExperimentConfig:
       decay_fraction=0.3,
     ),
     run=RunConfig(
-      steps=600, evaluate_every=100, checkpoint_every=300, log_every=20
+      steps=500, evaluate_every=100, checkpoint_every=250, log_every=20
     ),
   )
 

@@ -24,7 +24,7 @@ from sleep_jax.tasks.gsm_infinite import GsmInfiniteConfig
 
 
 def pocket() -> ExperimentConfig:
-  """Problems of 1 to 4 operations in two windows of 32 words."""
+  """Problems of 1 to 4 operations in two windows of 32 words, N = 2."""
   return ExperimentConfig(
     task=GsmInfiniteConfig(
       ops=(1, 2, 3, 4),
@@ -38,14 +38,14 @@ def pocket() -> ExperimentConfig:
     ),
     model=ModelConfig(pattern=((("attn", "gdn"), 2),), width=64),
     sleep=SleepConfig(passes=2, window_length=32),
-    data=DataConfig(length=67, batch_size=64),
+    data=DataConfig(length=66, batch_size=64),
     optimizer=OptimizerConfig(
       muon_learning_rate=5e-3,
       adamw_learning_rate=2e-3,
       warmup_fraction=0.02,
       decay_fraction=0.3,
     ),
-    run=RunConfig(steps=3000, evaluate_every=500, checkpoint_every=500),
+    run=RunConfig(steps=1500, evaluate_every=500, checkpoint_every=250),
   )
 
 

@@ -131,7 +131,9 @@ def test_judging_alone_from_other_parameters(finished, tmp_path):
 def test_problems_from_a_file(tmp_path, monkeypatch):
   """data.path: the original's JSONL format, here written by our generator."""
   path = tmp_path / "problems.jsonl"
-  arguments = "--count=60 --style=terse --themes=zoo --ops=1,2 --layers=2"
+  arguments = (
+    "--count=60 --style=terse --themes=zoo --ops=1,2 --layers=2 --distractors=2"
+  )
   monkeypatch.setattr(
     "sys.argv", ["gsm", "write", str(path), *arguments.split()]
   )
