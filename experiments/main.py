@@ -29,7 +29,8 @@ def parse(argv: list[str]) -> list[str]:
   try:
     arguments = flags.FLAGS(argv)
   except Exception as error:  # a config file may raise anything
-    fail(error)
+    # What it raised comes with its traceback, the message last.
+    fail(str(error).strip().splitlines()[-1])
   if _CONFIG.value is None:
     fail("--config is missing: give a file, as --config=experiments/math.py")
   if len(arguments) > 1:
@@ -45,8 +46,9 @@ def main(_):
 
   logging.set_verbosity(logging.INFO)
   # The libraries below log every file of a checkpoint.
+  ours = str(Path(loop.__file__).parents[1])
   logging.get_absl_handler().addFilter(
-    lambda record: "sleep_jax" in record.pathname or record.levelno > 20
+    lambda record: record.pathname.startswith(ours) or record.levelno > 20
   )
   name, _, size = config_flags.get_config_filename(
     flags.FLAGS["config"]
@@ -62,6 +64,8 @@ def main(_):
     figures.draw_run(name, results, folder)
   except ValueError as error:  # no matplotlib
     logging.warning("no figures: %s", error)
+  except OSError as error:
+    fail(error)
 
 
 if __name__ == "__main__":

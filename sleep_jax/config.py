@@ -6,6 +6,7 @@ back into an `ExperimentConfig` or reports all that is wrong with it at once.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import ml_collections
@@ -15,7 +16,17 @@ from sleep_jax.tasks.gsm_infinite import GsmInfiniteConfig
 from sleep_jax.tasks.rule110 import Rule110Config
 
 MIXERS = ("attn", "gdn")
-COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+def _seed(name: str, value: int):
+  if not 0 <= value < 2**32:
+    yield f"{name} = {value}: must be in 0..{2**32 - 1}"
+
+
+def _positive(name: str, value: float):
+  if not 0 < value < math.inf:
+    yield f"{name} = {value}: must be positive and finite"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +53,8 @@ class ModelConfig:
   mlp_width: int = 128
   # Added to the mean square in every RMSNorm.
   norm_eps: float = 1e-6
-  # Dtype of the activations; parameters and S stay in float32 (float64 for
-  # "float64", which is for tests and needs jax_enable_x64).
+  # Dtype of the activations, "float32" or "bfloat16"; parameters and S stay in
+  # float32.
   compute_dtype: str = "float32"
 
   def violations(self):
@@ -68,14 +79,19 @@ class ModelConfig:
       yield (
         f"model.compute_dtype = {self.compute_dtype!r}: one of {COMPUTE_DTYPES}"
       )
+    yield from _positive("model.norm_eps", self.norm_eps)
+    yield from _positive("model.rope_theta", self.rope_theta)
     try:
-      groups = [(tuple(kinds), int(repeats)) for kinds, repeats in self.pattern]
+      fits = len(self.pattern) > 0 and all(
+        len(kinds) > 0
+        and set(kinds) <= set(MIXERS)
+        and type(repeats) is int
+        and repeats >= 1
+        for kinds, repeats in self.pattern
+      )
     except (TypeError, ValueError):
-      groups = []
-    if not groups or any(
-      not kinds or repeats < 1 or not set(kinds) <= set(MIXERS)
-      for kinds, repeats in groups
-    ):
+      fits = False
+    if not fits:
       yield (
         f"model.pattern = {self.pattern!r}: must be a tuple of (kinds, "
         f"repeats) with kinds from {MIXERS} and repeats >= 1, like "
@@ -124,6 +140,7 @@ class DataConfig:
       yield f"data.batch_size = {self.batch_size}: must be at least 1"
     if self.length < 2:
       yield f"data.length = {self.length}: must be at least 2"
+    yield from _seed("data.seed", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +162,11 @@ class OptimizerConfig:
 
   def violations(self):
     for name in ("muon_learning_rate", "adamw_learning_rate", "clip_norm"):
-      if not getattr(self, name) > 0:
-        yield f"optimizer.{name} = {getattr(self, name)}: must be positive"
-    if self.weight_decay < 0:
+      yield from _positive(f"optimizer.{name}", getattr(self, name))
+    if not 0 <= self.weight_decay < math.inf:
       yield f"optimizer.weight_decay = {self.weight_decay}: must be at least 0"
     fractions = self.warmup_fraction, self.decay_fraction
-    if min(fractions) < 0 or sum(fractions) > 1:
+    if not (min(fractions) >= 0 and sum(fractions) <= 1):
       yield (
         f"optimizer.warmup_fraction, decay_fraction = {fractions}: must not be "
         "negative and must sum to at most 1"
@@ -194,6 +210,7 @@ class RunConfig:
     ).items():
       if getattr(self, name) < least:
         yield f"run.{name} = {getattr(self, name)}: must be at least {least}"
+    yield from _seed("run.seed", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,14 +235,12 @@ class ExperimentConfig:
     ):
       yield from section.violations()
     length, window = self.data.length, self.sleep.window_length
-    if self.data.align_answer and length >= 2 and window >= 1:
-      whole = (length - 1) // window * window
-      if not whole:
-        yield (
-          f"data.length = {length}: with data.align_answer at least one whole "
-          f"window of sleep.window_length = {window} must fit before the "
-          f"answer; set data.length above {window}"
-        )
+    if self.data.align_answer and length <= window:
+      yield (
+        f"data.length = {length}: with data.align_answer at least one whole "
+        f"window of sleep.window_length = {window} must fit before the "
+        f"answer; set data.length above {window}"
+      )
     parts = self.optimizer.accumulation_steps
     if parts > 0 and self.data.batch_size % parts:
       yield (
@@ -247,8 +262,11 @@ def from_config_dict(config: Any) -> ExperimentConfig:
       that names every violation.
   """
   config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+  for name, section in config.items():
+    if not isinstance(section, dict):
+      raise ValueError(f"bad config: {name} = {section!r}: must be a section")
   task_name = config.get("task", {}).get("name")
-  if task_name not in TASKS:
+  if str(task_name) not in TASKS:
     raise ValueError(
       f"bad config: task.name = {task_name!r}: one of {sorted(TASKS)}"
     )

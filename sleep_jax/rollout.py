@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sleep_jax.array_types import Mask, Tokens
+from sleep_jax.model import layers
 from sleep_jax.model.fast_weights import init_fast_weights
 from sleep_jax.sleep import sleep
 
@@ -15,13 +16,11 @@ class Rollout(NamedTuple):
 
   Attributes:
     loss_sum: cross-entropy (nats) summed over the masked places.
-    loss_count: number of masked places.
     predictions: argmax token at the masked places, 0 elsewhere [B, T].
-    state: fast weights after the last window.
+    state: fast weights after the last window, which took one pass.
   """
 
   loss_sum: jax.Array
-  loss_count: jax.Array
   predictions: jax.Array
   state: tuple
 
@@ -80,7 +79,7 @@ def rollout(
       jnp.any(mask),
       judge,
       lambda h, targets, mask: (
-        jnp.zeros((), state_dtype),
+        jnp.zeros((), dtype),
         jnp.zeros_like(targets),
       ),
       h,
@@ -91,13 +90,11 @@ def rollout(
 
   batch, length = inputs.shape
   state = init_fast_weights(model.config, batch)
-  state_dtype = jnp.promote_types(
-    jnp.dtype(model.config.compute_dtype), "float32"
-  )
+  _, dtype = layers.dtypes(model.config)
   arrays = (inputs, targets, loss_mask, valid)
   before = (length - 1) // window_length
   split = before * window_length
-  loss_sum, predictions = jnp.zeros((), state_dtype), []
+  loss_sum, predictions = jnp.zeros((), dtype), []
   if before:
 
     def windows(x):
@@ -116,7 +113,6 @@ def rollout(
   )
   return Rollout(
     loss_sum=loss_sum + last_loss_sum,
-    loss_count=jnp.sum(loss_mask),
     predictions=jnp.concatenate([*predictions, output], axis=1),
     state=state,
   )

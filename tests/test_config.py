@@ -49,6 +49,15 @@ def test_sizes_that_are_not_there():
     ("model.compute_dtype", "float16", r"model.compute_dtype = 'float16'"),
     ("model.pattern", ((("attn", "rnn"), 2),), r"model.pattern = .*rnn"),
     ("model.pattern", "attn", r"model.pattern = 'attn'"),
+    ("model.pattern", ((("attn",), 2.5),), r"model.pattern = .*2.5"),
+    ("model.pattern", (([["gdn"]], 2),), r"model.pattern = "),
+    ("model.norm_eps", float("nan"), r"model.norm_eps = nan"),
+    ("model.rope_theta", -5.0, r"model.rope_theta = -5.0"),
+    ("model.compute_dtype", "float64", r"model.compute_dtype = 'float64'"),
+    ("optimizer.weight_decay", float("nan"), r"weight_decay = nan"),
+    ("optimizer.muon_learning_rate", float("inf"), r"learning_rate = inf"),
+    ("data.seed", -1, r"data.seed = -1: must be in 0"),
+    ("run.seed", 2**70, r"run.seed = "),
     ("run.steps", -1, r"run.steps = -1"),
     ("task.name", "chess", r"task.name = 'chess': one of .*rule110"),
     ("task.ops", (9,), r"task.ops = \(9,\)"),
@@ -90,6 +99,8 @@ def test_all_violations_come_in_one_error():
     (["sleep.passes=4"], ["sleep.passes=4", "--config.LEAF"]),
     (["--workdir=README.md/x"], ["README.md/x", "--workdir"]),
     (["--config.data.path=missing.jsonl"], ["missing.jsonl"]),
+    (["--config=experiments/math.py:ouro_1_4b"], ["ouro_1_4b", "not there"]),
+    (["--config=experiments/math.py:huge"], ["unknown size 'huge'"]),
     (["--config.data.length=65"], ["length = 65", "at least 66"]),
   ],
 )
@@ -106,5 +117,6 @@ def test_bad_command_lines_exit_in_one_line(arguments, words):
   ]
   assert result.returncode == 2, result.stderr
   assert len(errors) == 1 and "Traceback" not in result.stderr
+  assert len(errors[0]) < 300
   for word in words:
     assert word in errors[0]

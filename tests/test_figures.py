@@ -174,3 +174,10 @@ def test_without_matplotlib_there_is_a_clear_error(tmp_path, monkeypatch):
   monkeypatch.setattr(builtins, "__import__", refuse)
   with pytest.raises(ValueError, match="matplotlib: pip install"):
     figures.accuracy_by_depth({"N=1": [results()]}, tmp_path / "a.png")
+
+
+def test_draw_run_leaves_both_figures_in_the_workdir(tmp_path):
+  write_metrics(tmp_path / "metrics.jsonl", [2.0, 1.0])
+  figures.draw_run("a", results(), tmp_path)
+  for name in ("accuracy_by_depth.png", "training_curves.png"):
+    assert imread(tmp_path / name).std() > 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sleep_jax.config import ModelConfig
+from sleep_jax.model import layers
 from sleep_jax.model.fast_weights import GatedDeltaNet
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "shared" / "goldens"
@@ -43,3 +44,41 @@ def test_gated_delta_net_layer_equals_stored_answers():
   )
   np.testing.assert_allclose(mine, y, atol=5e-6)
   np.testing.assert_allclose(final, state, atol=5e-6)
+
+
+def test_convolution_starts_with_the_variance_of_its_taps():
+  """A sum over the taps keeps the size of its input, however many channels."""
+  layer = layers.ShortConvolution(4, jnp.dtype("float32"))
+  params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 8, 512)))
+  kernel = params["params"]["kernel"]
+  assert kernel.shape == (4, 512)
+  np.testing.assert_allclose(np.std(kernel), 0.5, rtol=0.05)
+
+
+def test_rotary_positions_in_bfloat16_are_those_of_float64():
+  """At the paper's window of 2,000 tokens, where bfloat16 cannot count."""
+  x = np.random.default_rng(0).normal(size=(1, 2000, 1, 8))
+  low = jax.jit(layers.rotary, static_argnums=1)(
+    jnp.asarray(x, jnp.bfloat16), 1e4
+  )
+  pairs = x[..., :4] + 1j * x[..., 4:]
+  angle = np.outer(np.arange(2000), 1e4 ** (-np.arange(4) / 4))
+  turned = pairs * np.exp(1j * angle)[None, :, None]
+  expected = np.concatenate([turned.real, turned.imag], -1)
+  np.testing.assert_allclose(low.astype(np.float32), expected, atol=0.06)
+
+
+def test_a_kernels_gradient_is_that_of_a_plain_product():
+  rng = np.random.default_rng(0)
+  x, dy = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 3, 5))
+  config = ModelConfig()
+  layer = layers.dense(config, 5, "layer")
+  kernel = rng.normal(size=(4, 5))
+  with jax.enable_x64(True):
+    layer = layer.copy(dtype=jnp.float64, param_dtype=jnp.float64)
+    d_kernel, d_x = jax.grad(
+      lambda k, x: jnp.sum(layer.apply({"params": {"kernel": k}}, x) * dy),
+      argnums=(0, 1),
+    )(jnp.asarray(kernel), jnp.asarray(x))
+  np.testing.assert_allclose(d_kernel, np.einsum("btd,btf->df", x, dy))
+  np.testing.assert_allclose(d_x, np.einsum("btf,df->btd", dy, kernel))

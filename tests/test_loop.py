@@ -102,6 +102,21 @@ def test_a_stopped_run_ends_with_the_same_bits(finished, tmp_path, damage):
   assert comparable(workdir) == comparable(finished[0])
 
 
+def test_divergence_is_told_and_never_saved(tmp_path):
+  config = dataclasses.replace(
+    CONFIG,
+    optimizer=dataclasses.replace(
+      CONFIG.optimizer, adamw_learning_rate=1e30, warmup_fraction=0.0
+    ),
+    run=dataclasses.replace(CONFIG.run, checkpoint_every=1, log_every=100),
+  )
+  with pytest.raises(ValueError, match="not finite near step"):
+    loop.train(config, tmp_path)
+  assert all(
+    np.all(np.isfinite(x)) for x in jax.tree.leaves(final_params(tmp_path))
+  )
+
+
 def test_another_config_is_refused_and_nothing_lost(finished):
   workdir, _ = finished
   before = (workdir / "metrics.jsonl").read_bytes()

@@ -130,6 +130,25 @@ def test_loss_and_gradients_equal_the_naive_loop(
     np.testing.assert_allclose(mine, theirs, rtol=0, atol=tolerance * largest)
 
 
+def test_bfloat16_computes_low_and_keeps_state_and_gradients_high():
+  model, params = make(dataclasses.replace(CONFIG, compute_dtype="bfloat16"))
+  exact, _ = make(dataclasses.replace(CONFIG, compute_dtype="float32"))
+  arrays, _ = make_rows()
+
+  def loss(params):
+    result = run(model, params, arrays, 2)
+    return result.loss_sum, result.state
+
+  (low, state), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+    params
+  )
+  high = run(exact, params, arrays, 2).loss_sum
+  assert low != high
+  np.testing.assert_allclose(low, high, rtol=0.02)
+  for leaf in jax.tree.leaves((state, gradients)):
+    assert leaf.dtype == np.float32
+
+
 def test_each_row_gets_what_it_would_get_alone():
   with jax.enable_x64(True):
     model, params = make()
@@ -158,24 +177,26 @@ def test_one_pass_is_the_ordinary_hybrid():
     model, params = make()
     (inputs, targets, _, _), _ = make_rows()
     everywhere = np.ones_like(inputs, bool)
-    mine = run(model, params, (inputs, targets, everywhere, everywhere), 1)
+    mask = everywhere.copy()
+    mask[:, : 2 * WINDOW] = False  # two windows sleep
+    mine = run(model, params, (inputs, targets, mask, everywhere), 1)
     forward = jax.jit(model.apply)
-    state, total = init_fast_weights(CONFIG, len(ROWS)), 0.0
+    state = init_fast_weights(CONFIG, len(ROWS))
     for start in range(0, inputs.shape[1], WINDOW):
       window = slice(start, start + WINDOW)
       logits, state = forward(
         {"params": params}, inputs[:, window], state, everywhere[:, window]
       )
-      logits, labels = np.asarray(logits), targets[:, window, None]
-      nats = (
-        np.log(np.exp(logits).sum(-1))
-        - np.take_along_axis(logits, labels, -1)[..., 0]
-      )
-      total += nats.sum()
-      np.testing.assert_array_equal(
-        mine.predictions[:, window], logits.argmax(-1)
-      )
-    np.testing.assert_allclose(mine.loss_sum, total, rtol=1e-12)
+    logits, labels = np.asarray(logits), targets[:, window, None]
+    nats = (
+      np.log(np.exp(logits).sum(-1))
+      - np.take_along_axis(logits, labels, -1)[..., 0]
+    )
+    np.testing.assert_allclose(mine.loss_sum, nats.sum(), rtol=1e-12)
+    np.testing.assert_array_equal(
+      mine.predictions[:, window], logits.argmax(-1)
+    )
+    assert not np.any(mine.predictions[:, : 2 * WINDOW])
 
 
 def test_nothing_but_the_fast_weights_crosses_a_boundary():

@@ -75,7 +75,7 @@ def trained():
 def test_a_batch_in_parts_is_one_batch():
   model = HybridLM(CONFIG.model, VOCABULARY)
   params, batch = init_params(model, 0), make_batch()
-  results = []
+  results, batch = [], jax.tree.map(lambda x: x[[0, 3, 1, 4, 2, 5]], batch)
   for parts in (1, 3):
     config = dataclasses.replace(
       CONFIG,
@@ -90,26 +90,29 @@ def test_a_batch_in_parts_is_one_batch():
   (one, one_metrics), (many, many_metrics) = results
   for name in one_metrics:
     np.testing.assert_allclose(one_metrics[name], many_metrics[name], rtol=1e-5)
-  # AdamW's first step is the sign of the gradient: where it is nearly zero
-  # rounding decides, so matrices (Muon) are compared.
-  kernels = "group_0", "attn_0", "mlp", "up_proj", "kernel"
-  for name in kernels:
-    one, many = one[name], many[name]
-  np.testing.assert_allclose(one, many, atol=1e-5)
-
-
-def test_loss_is_the_mean_over_masked_places(trained):
-  predict, params, batch = trained
-  whole, _ = predict(params, batch)
-  rows = [
-    predict(params, jax.tree.map(lambda x, r=r: x[r : r + 1], batch))[0]
-    for r in range(2)
-  ]
-  first_two = jax.tree.map(lambda x: x[:2], batch)
+  # AdamW's first step is the sign of the gradient: where that is nearly zero
+  # rounding decides, so only what Muon updates is compared.
+  compared = 0
+  for label, x, y in zip(
+    jax.tree.leaves(optimizers.labels(one)),
+    jax.tree.leaves(one),
+    jax.tree.leaves(many),
+    strict=True,
+  ):
+    if label == "muon":
+      np.testing.assert_allclose(x, y, atol=2e-4)
+      compared += 1
+  assert compared == 17
+  # The loss is the mean over all masked places, which no part has equally many
+  # of; the accuracy is that of whole rows.
+  loss, predictions = make_predict(model, CONFIG)(params, batch)
   np.testing.assert_allclose(
-    predict(params, first_two)[0], sum(rows), rtol=1e-5
+    many_metrics["loss"], loss / batch.loss_mask.sum(), rtol=1e-5
   )
-  assert float(whole) > 0
+  wrong = (np.asarray(predictions) != batch.targets) & batch.loss_mask
+  np.testing.assert_allclose(
+    many_metrics["accuracy"], np.mean(~wrong.any(axis=1))
+  )
 
 
 def test_greedy_decoding_agrees_with_the_judgement(trained):

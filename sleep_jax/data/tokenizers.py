@@ -103,12 +103,12 @@ class FileTokenizer:
 
     Raises:
       ValueError: the file is missing or not a tokenizer.json.
-      ImportError: the package `tokenizers` is not installed.
+      ValueError: the package `tokenizers` is not installed.
     """
     try:
       import tokenizers
     except ImportError as error:
-      raise ImportError(
+      raise ValueError(
         f"reading {path} needs the package tokenizers: install sleep_jax[hf]"
       ) from error
     try:

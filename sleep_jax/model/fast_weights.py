@@ -36,10 +36,10 @@ def init_fast_weights(config: ModelConfig, batch_size: int):
 
 
 def l2_normalise(x):
-  """x / sqrt(sum x^2 + eps) over the last axis."""
-  return x * jax.lax.rsqrt(
-    jnp.sum(jnp.square(x), axis=-1, keepdims=True) + KEY_NORM_EPS
-  )
+  """x / sqrt(sum x^2 + eps) over the last axis, summed in float32 at least."""
+  high = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  square = jnp.sum(jnp.square(high), axis=-1, keepdims=True)
+  return (high * jax.lax.rsqrt(square + KEY_NORM_EPS)).astype(x.dtype)
 
 
 def init_decay_rate(key, shape, dtype):

@@ -38,7 +38,7 @@ class HybridLM(nn.Module):
     return self.embedding(tokens)
 
   def blocks(self, h: Hidden, state: tuple, valid: Mask):
-    """(h, state) after one pass; padded places neither read nor write."""
+    """(h, state) after one pass; no place and no state reads padding."""
     new_state = []
     for group, group_state in zip(self.groups, state, strict=True):
       h, group_state = group(h, group_state, valid)

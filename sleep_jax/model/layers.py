@@ -60,9 +60,12 @@ def norm(config: ModelConfig, name: str | None = None):
 def rotary(x, theta):
   """x [B, T, H, d] turned by its position: rotate-half, positions 0..T-1."""
   half = x.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=x.dtype) / half)
-  angles = jnp.arange(x.shape[1], dtype=x.dtype)[:, None] * frequencies[None]
-  cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+  # bfloat16 has no integers between 256 and 258.
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  frequencies = theta ** (-jnp.arange(half, dtype=dtype) / half)
+  angles = jnp.arange(x.shape[1], dtype=dtype)[:, None] * frequencies[None]
+  cos = jnp.cos(angles).astype(x.dtype)[None, :, None]
+  sin = jnp.sin(angles).astype(x.dtype)[None, :, None]
   first, second = jnp.split(x, 2, axis=-1)
   return jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
@@ -82,7 +85,8 @@ class ShortConvolution(nn.Module):
   def __call__(self, x: Hidden) -> Hidden:
     kernel = self.param(
       "kernel",
-      nn.initializers.variance_scaling(1.0, "fan_in", "normal", 1, 0),
+      # Each channel sums its own taps: they are the fan-in.
+      nn.initializers.variance_scaling(1.0, "fan_in", "normal", 0, 1),
       (self.taps, x.shape[-1]),
       self.param_dtype,
     ).astype(x.dtype)

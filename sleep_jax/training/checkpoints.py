@@ -1,7 +1,7 @@
 """Checkpoints: model parameters, training state and data position by step.
 
 A step's folder holds three items: `params` (the model parameters alone, so
-that they can be shipped), `train` (optimizer state, step, RNG key) and `data`
+that they can be shipped), `train` (the optimizer state) and `data`
 (where the grain iterator stands). A step counts once its commit_success.txt
 is written, last of all; a run killed while saving leaves a folder without it.
 """

@@ -119,7 +119,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
           config, start, state, train_step, batches, judge, saved, writer
         )
       results, metrics = judge(state.params, 1)
-      if start < run.steps or not run.steps:
+      if not (folder / "results.json").exists():
         writer.write(run.steps, metrics)
   judging.write_results(folder, results)
   _show_examples(predict, state.params, evaluation, tokenizer)
@@ -140,9 +140,9 @@ def _steps(config, start, state, train_step, batches, judge, saved, writer):
       name: float(np.mean([metrics[name] for metrics in recent]))
       for name in recent[0]
     }
-    if not math.isfinite(means["loss"]):
+    if not math.isfinite(means["loss"] + means["grad_norm"]):
       raise ValueError(
-        f"the loss is {means['loss']} near step {step}: lower "
+        f"loss or gradient is not finite near step {step}: lower "
         "optimizer.muon_learning_rate; the last checkpoint is intact"
       )
     now = time.perf_counter()
@@ -172,17 +172,22 @@ def _steps(config, start, state, train_step, batches, judge, saved, writer):
       logging.info(
         "first step, compiling: %.1f s", time.perf_counter() - before
       )
-      last_line = time.perf_counter()
+      last_line, waited = time.perf_counter(), 0.0
     if due is not None:  # one step late, so that a step is always running
       write_line(*due)
       due = None
     last = step == run.steps
     evaluates = not last and step % run.evaluate_every == 0
     saves = last or step % run.checkpoint_every == 0
-    if last or step % run.log_every == 0:
+    # A line before each save: what is saved has been seen to be finite, and a
+    # run that goes on from there averages over the same steps.
+    if saves or step % run.log_every == 0:
       due = step, recent, waited
       waited, recent = 0.0, []
-    if due is not None and (evaluates or saves):
+    if not evaluates and not saves:
+      continue
+    jax.block_until_ready(metrics)
+    if due is not None:
       write_line(*due)
       due = None
     before = time.perf_counter()

@@ -27,7 +27,7 @@ def labels(params):
 def schedule(config, steps: int):
   """Step -> multiplier: linear warm-up, constant, cosine to FINAL_RATE."""
   warmup = round(config.warmup_fraction * steps)
-  decay = round(config.decay_fraction * steps)
+  decay = min(round(config.decay_fraction * steps), steps - warmup)
   return optax.join_schedules(
     [
       optax.linear_schedule(1 / (warmup + 1), 1.0, warmup),

@@ -28,12 +28,15 @@ _LARGEST_CONSTANT = 4
 _MOST_EXTRA_EDGES = 3
 # Probabilities: that the last value is a total, that a new operand is one, that
 # an operand is new, that a necessary parameter with one in-edge is a leaf, that
-# a distractor has a constant.
+# a distractor is a leaf, that another distractor has a constant. Leaves keep a
+# lookup honest: where few constants are stated, the commonest one is often the
+# answer.
 _LAST_TOTAL = 0.6
 _NEW_TOTAL = 0.35
 _NEW_OPERAND = 0.5
 _LEAF = 0.4
-_DISTRACTOR_CONSTANT = 0.6
+_DISTRACTOR_LEAF = 0.45
+_DISTRACTOR_CONSTANT = 0.3
 
 
 class Parameter(NamedTuple):
@@ -361,8 +364,9 @@ def _draw_distractors(draws, graph, parameters):
     if place not in waiting:
       add_totals(place)
   for parameter in parameters:
-    extra = draws.streak(_MOST_EXTRA_EDGES)
-    constant = draws.chance(_DISTRACTOR_CONSTANT)
+    leaf = draws.chance(_DISTRACTOR_LEAF)
+    extra = 0 if leaf else draws.streak(_MOST_EXTRA_EDGES)
+    constant = leaf or draws.chance(_DISTRACTOR_CONSTANT)
     operands = []
     for _ in range(1 + extra - constant):
       operand = draws.choice(others if others and draws.chance(0.5) else core)

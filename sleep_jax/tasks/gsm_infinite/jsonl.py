@@ -40,7 +40,7 @@ def read_records(path: str | pathlib.Path) -> Iterator[Record]:
     OSError: the file cannot be read.
   """
   empty = True
-  with open(path, encoding="utf-8") as lines:
+  with open(path, encoding="utf-8", errors="replace") as lines:
     for number, line in enumerate(lines, start=1):
       if line.strip():
         empty = False
@@ -91,7 +91,7 @@ def write_problems(
   path: str | pathlib.Path, problems: Iterable[Problem]
 ) -> None:
   """Writes problems with the original's fields, in its words."""
-  with open(path, "w", encoding="utf-8") as lines:
+  with open(path, "w", encoding="utf-8", errors="replace") as lines:
     for problem in problems:
       fields = {
         "id": problem.id,
