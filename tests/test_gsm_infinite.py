@@ -17,6 +17,7 @@ from sleep_jax.tasks.gsm_infinite import (
   Problem,
   split_words,
 )
+from sleep_jax.tasks.gsm_infinite import __main__ as command_line
 from sleep_jax.tasks.gsm_infinite import task as task_module
 from sleep_jax.tasks.gsm_infinite.draws import Draws
 from sleep_jax.tasks.gsm_infinite.graph import Definition, Parameter
@@ -750,3 +751,26 @@ def test_bad_input_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.count("\n") == 1
     assert named in done.stderr
+
+
+def test_floors_of_a_file_by_hand(tmp_path, monkeypatch, capsys):
+  """Commonest stated constants: 3 (right), 4 (wrong), 2 (right)."""
+  problems = [
+    ("owl a = 3 . owl b = 3 . owl c = 2 .", "? owl a .", 3, 1),
+    ("The number of owl in A equals 4. The number of owl in B equals 1 plus "
+     "the number of owl in A.", "How many owl does B have?", 5, 3),
+    ("owl a = 2 * owl b . owl b = 2 .", "? owl b .", 2, 1),
+  ]  # fmt: skip
+  path = tmp_path / "problems.jsonl"
+  names = "problem", "question", "answer", "op"
+  path.write_text(
+    "".join(
+      json.dumps(dict(zip(names, x, strict=True))) + "\n" for x in problems
+    )
+  )
+  monkeypatch.setattr(sys, "argv", ["gsm_infinite", "floors", str(path)])
+  assert command_line.main() == 0
+  assert capsys.readouterr().out.splitlines() == [
+    "op 1: 2 problems, best constant 0.500, commonest stated constant 1.000",
+    "op 3: 1 problems, best constant 1.000, commonest stated constant 0.000",
+  ]

@@ -4,12 +4,16 @@ python -m sleep_jax.tasks.gsm_infinite check FILE.jsonl
   says how many answers the solver confirms; exit status 0 if all, 1 if not.
 python -m sleep_jax.tasks.gsm_infinite write FILE.jsonl --count=10000 --ops=2,4
   writes problems; each field of `GsmInfiniteConfig` is an option.
-Bad input ends either with one line and exit status 2.
+python -m sleep_jax.tasks.gsm_infinite floors FILE.jsonl
+  says, by operations, what two answers score that need no reasoning: the best
+  constant, and of each problem the constant that it states most often.
+Bad input ends each with one line and exit status 2.
 """
 
 import argparse
 import collections
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +24,7 @@ from sleep_jax.tasks.gsm_infinite.solver import Unsolvable, solve
 from sleep_jax.tasks.gsm_infinite.task import GsmInfinite
 
 _MOST_SHOWN = 10
+_STATED_CONSTANT = re.compile(r"(?:equals|=) (\d+) ?\.")
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -37,6 +42,25 @@ def _check(arguments: argparse.Namespace) -> int:
       print(f"problem {number} {verdict}: {detail}")
   print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
   return int(counts["confirmed"] < counts.total())
+
+
+def _floors(arguments: argparse.Namespace) -> int:
+  by_op = collections.defaultdict(list)
+  for record in read_records(arguments.file):
+    # A text's last sentence may stand without its full stop.
+    stated = _STATED_CONSTANT.findall(record.problem.rstrip(".") + ".")
+    commonest = collections.Counter(stated).most_common(1)
+    hit = bool(commonest) and int(commonest[0][0]) == record.answer
+    by_op[record.op].append((record.answer, hit))
+  for op, answers_and_hits in sorted(by_op.items()):
+    answers, hits = zip(*answers_and_hits, strict=True)
+    constant = collections.Counter(answers).most_common(1)[0][1]
+    print(
+      f"op {op}: {len(answers)} problems, best constant "
+      f"{constant / len(answers):.3f}, commonest stated constant "
+      f"{sum(hits) / len(hits):.3f}"
+    )
+  return 0
 
 
 def _write(arguments: argparse.Namespace) -> int:
@@ -66,9 +90,11 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(required=True)
   check = commands.add_parser("check", help="check the answers of a file")
   check.set_defaults(run=_check)
+  floors = commands.add_parser("floors", help="score without reasoning")
+  floors.set_defaults(run=_floors)
   write = commands.add_parser("write", help="write problems to a file")
   write.set_defaults(run=_write)
-  for command in (check, write):
+  for command in (check, floors, write):
     command.add_argument("file", metavar="FILE.jsonl")
   write.add_argument("--count", type=int, default=10_000)
   write.add_argument("--seed", type=int, default=0)
