@@ -48,7 +48,7 @@ def test_sizes_that_are_not_there():
     ("model.key_value_heads", 3, r"model.key_value_heads = 3: must divide"),
     ("model.compute_dtype", "float16", r"model.compute_dtype = 'float16'"),
     ("model.pattern", ((("attn", "rnn"), 2),), r"model.pattern = .*rnn"),
-    ("model.pattern", "attn", r"model.pattern = 'attn'"),
+    ("model.pattern", (), r"model.pattern = \(\)"),
     ("model.pattern", ((("attn",), 2.5),), r"model.pattern = .*2.5"),
     ("model.pattern", (([["gdn"]], 2),), r"model.pattern = "),
     ("model.norm_eps", float("nan"), r"model.norm_eps = nan"),

@@ -336,13 +336,13 @@ def test_problems_stay_the_same_between_releases():
 
 
 GOLDEN = [
-  "? seminary grove . lyceum grove = seminary grove . seminary heights = 2 ."
-  " university heights = 1 . seminary grove > 0 . lyceum heights = 4 * lyceum"
-  " grove . lyceum heights = 4 .",
+  "? gymnasium harbor . gymnasium harbor > 0 . lyceum bridge = 4 . lyceum"
+  " bridge = 4 * lyceum harbor . seminary bridge = 4 . lyceum harbor = "
+  "gymnasium harbor . gymnasium bridge = total harbor .",
   "? thriller curtain . thriller curtain = musical moon + opera curtain ."
   " musical moon = opera curtain . opera curtain = 3 .",
-  "? heron circus . finch circus = 1 . hawk ranch = finch circus + total circus"
-  " . heron circus = hawk circus . hawk circus = 4 .",
+  "? heron barn . owl barn = 2 . hawk barn = 4 . hawk zoo = 1 . heron "
+  "barn = hawk barn .",
 ]
 
 

@@ -147,7 +147,7 @@ def test_problems_from_a_file(tmp_path, monkeypatch):
   """data.path: the original's JSONL format, here written by our generator."""
   path = tmp_path / "problems.jsonl"
   arguments = (
-    "--count=60 --style=terse --themes=zoo --ops=1,2 --layers=2 --distractors=2"
+    "--count=60 --style=terse --themes=zoo --ops=1,2 --layers=2 --max_tokens=64"
   )
   monkeypatch.setattr(
     "sys.argv", ["gsm", "write", str(path), *arguments.split()]
@@ -156,7 +156,7 @@ def test_problems_from_a_file(tmp_path, monkeypatch):
   config = dataclasses.replace(
     CONFIG,
     task=GsmInfiniteConfig(heldout_fraction=0.3),
-    data=dataclasses.replace(CONFIG.data, path=str(path), length=193),
+    data=dataclasses.replace(CONFIG.data, path=str(path), length=66),
     sleep=dataclasses.replace(CONFIG.sleep, window_length=64),
     run=dataclasses.replace(CONFIG.run, steps=2),
   )

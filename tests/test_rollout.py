@@ -30,8 +30,12 @@ CONFIG = ModelConfig(
 )
 
 
-def make(config=CONFIG, seed=0):
-  """A model and parameters that no initialisation at 0 or 1 hides."""
+def make(config=CONFIG, seed=1):
+  """A model and parameters that no initialisation at 0 or 1 hides.
+
+  Some seeds (0, say) make a norm near zero, whose gradients of 100 float32
+  gets right to 5e-5 of the largest only.
+  """
   model = HybridLM(config, VOCABULARY)
   tokens = jnp.zeros((1, 1), jnp.int32)
   params = jax.jit(model.init)(

@@ -112,7 +112,7 @@ def test_unreadable_files_are_named(tokenizers, tmp_path):
 
 def test_the_missing_package_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "tokenizers", None)
-  with pytest.raises(ImportError, match=r"install sleep_jax\[hf\]"):
+  with pytest.raises(ValueError, match=r"install sleep_jax\[hf\]"):
     FileTokenizer("tokenizer.json")
 
 
