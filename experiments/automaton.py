@@ -14,6 +14,7 @@ paper's 100 tokens and one more.
 
 import dataclasses
 
+from experiments import sizes
 from sleep_jax.config import (
   DataConfig,
   ExperimentConfig,
@@ -21,7 +22,6 @@ from sleep_jax.config import (
   OptimizerConfig,
   RunConfig,
   SleepConfig,
-  to_config_dict,
 )
 from sleep_jax.tasks.rule110 import Rule110Config
 
@@ -33,12 +33,7 @@ def pocket() -> ExperimentConfig:
     model=ModelConfig(pattern=((("attn", "gdn"), 1),), width=64),
     sleep=SleepConfig(passes=4, window_length=16),
     data=DataConfig(length=35, batch_size=128),
-    optimizer=OptimizerConfig(
-      muon_learning_rate=5e-3,
-      adamw_learning_rate=2e-3,
-      warmup_fraction=0.02,
-      decay_fraction=0.3,
-    ),
+    optimizer=sizes.POCKET_OPTIMIZER,
     run=RunConfig(
       steps=500, evaluate_every=100, checkpoint_every=250, log_every=20
     ),
@@ -54,14 +49,7 @@ def tiny() -> ExperimentConfig:
       config.model, width=32, mlp_width=64, key_dim=16, value_dim=16
     ),
     data=dataclasses.replace(config.data, batch_size=16),
-    run=RunConfig(
-      steps=20,
-      evaluate_every=10,
-      checkpoint_every=10,
-      log_every=5,
-      evaluation_examples=64,
-      evaluation_batch_size=32,
-    ),
+    run=sizes.TINY_RUN,
   )
 
 
@@ -89,6 +77,4 @@ SIZES = {"pocket": pocket, "tiny": tiny, "paper": paper}
 
 def get_config(size: str = "pocket"):
   """The config of a size, as a `ConfigDict`."""
-  if size not in SIZES:
-    raise ValueError(f"unknown size {size!r}: one of {sorted(SIZES)}")
-  return to_config_dict(SIZES[size]())
+  return sizes.select(SIZES, size)

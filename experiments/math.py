@@ -11,14 +11,13 @@ Sizes, as in `--config=experiments/math.py:tiny`:
 
 import dataclasses
 
+from experiments import sizes
 from sleep_jax.config import (
   DataConfig,
   ExperimentConfig,
   ModelConfig,
-  OptimizerConfig,
   RunConfig,
   SleepConfig,
-  to_config_dict,
 )
 from sleep_jax.tasks.gsm_infinite import GsmInfiniteConfig
 
@@ -39,12 +38,7 @@ def pocket() -> ExperimentConfig:
     model=ModelConfig(pattern=((("attn", "gdn"), 2),), width=64),
     sleep=SleepConfig(passes=2, window_length=32),
     data=DataConfig(length=66, batch_size=64),
-    optimizer=OptimizerConfig(
-      muon_learning_rate=5e-3,
-      adamw_learning_rate=2e-3,
-      warmup_fraction=0.02,
-      decay_fraction=0.3,
-    ),
+    optimizer=sizes.POCKET_OPTIMIZER,
     run=RunConfig(steps=1500, evaluate_every=500, checkpoint_every=250),
   )
 
@@ -77,14 +71,7 @@ def tiny() -> ExperimentConfig:
       value_dim=16,
     ),
     data=dataclasses.replace(config.data, batch_size=16),
-    run=RunConfig(
-      steps=20,
-      evaluate_every=10,
-      checkpoint_every=10,
-      log_every=5,
-      evaluation_examples=64,
-      evaluation_batch_size=32,
-    ),
+    run=sizes.TINY_RUN,
   )
 
 
@@ -98,6 +85,4 @@ def get_config(size: str = "pocket"):
     raise ValueError(
       f"size {size!r} is not there yet: it needs the pretrained model's import"
     )
-  if size not in SIZES:
-    raise ValueError(f"unknown size {size!r}: one of {sorted(SIZES)}")
-  return to_config_dict(SIZES[size]())
+  return sizes.select(SIZES, size)
