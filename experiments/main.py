@@ -45,10 +45,14 @@ def main(_):
   from sleep_jax.training import judging, loop
 
   logging.set_verbosity(logging.INFO)
-  # The libraries below log every file of a checkpoint.
+  # The libraries below log every file of a checkpoint, and the traceback of
+  # what they then raise, which ends in one line here.
   ours = str(Path(loop.__file__).parents[1])
   logging.get_absl_handler().addFilter(
-    lambda record: record.pathname.startswith(ours) or record.levelno > 20
+    lambda record: (
+      record.pathname.startswith(ours)
+      or (record.levelno > 20 and not record.exc_info)
+    )
   )
   name, _, size = config_flags.get_config_filename(
     flags.FLAGS["config"]

@@ -130,7 +130,8 @@ class DataConfig:
   # "words" (the task's own symbols), "characters", or the path of a
   # tokenizer.json.
   tokenizer: str = "words"
-  # A JSONL file of problems to read in place of the generator ("" = generate).
+  # A JSONL file of problems to read in place of the generator ("" = generate);
+  # of the task's settings, heldout_fraction alone is then used.
   path: str = ""
   # Seed of the examples and of their order.
   seed: int = 0

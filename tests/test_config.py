@@ -1,6 +1,7 @@
 """Every wrong setting is named in one line, before anything compiles."""
 
 import dataclasses
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,17 @@ def test_all_violations_come_in_one_error():
   assert "model.width" in str(error.value)
 
 
+def run_tiny(*arguments, **options):
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.main"]
+    + ["--config=experiments/math.py:tiny", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    **options,
+  )
+
+
 @pytest.mark.parametrize(
   "arguments, words",
   [
@@ -105,13 +117,7 @@ def test_all_violations_come_in_one_error():
   ],
 )
 def test_bad_command_lines_exit_in_one_line(arguments, words):
-  result = subprocess.run(
-    [sys.executable, "-m", "experiments.main"]
-    + ["--config=experiments/math.py:tiny", *arguments],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
+  result = run_tiny(*arguments)
   errors = [
     line for line in result.stderr.splitlines() if line.startswith("error:")
   ]
@@ -120,3 +126,22 @@ def test_bad_command_lines_exit_in_one_line(arguments, words):
   assert len(errors[0]) < 300
   for word in words:
     assert word in errors[0]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(tmp_path):
+  """No file may exceed 60 kB: the first checkpoint cannot be written."""
+  limit = (60_000, resource.RLIM_INFINITY)
+  workdir = f"--workdir={tmp_path}"
+  full = run_tiny(
+    workdir,
+    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+  )
+  assert full.returncode == 2, full.stderr
+  last_line = full.stderr.splitlines()[-1]
+  assert last_line.startswith("error: a checkpoint could not be written")
+  assert (tmp_path / "metrics.jsonl").read_text().startswith('{"step": 5,')
+  # With room again the same command does the whole run.
+  again = run_tiny(workdir)
+  assert again.returncode == 0, again.stderr
+  assert (tmp_path / "results.json").exists()

@@ -134,6 +134,8 @@ def test_solver_confirms_answers_and_operations(style, layers, mode):
   [
     {"max_value": 4},
     {"max_value": 20, "distractors": 3},
+    {"max_value": 20, "max_leaf": 9},
+    {"max_leaf": 1},
     {"max_places": 1, "max_things": 5},
     {"max_places": 5, "max_things": 1},
     {"min_tokens": 400, "max_tokens": 900},
@@ -145,6 +147,19 @@ def test_solver_confirms_special_settings(settings):
   config = GsmInfiniteConfig(**{"layers": (2, 3), "ops": (1, 2, 5), **settings})
   confirm(config, draw(config, 40, seed=2))
   confirm(config, draw(config, 5, seed=2, split="heldout"))
+
+
+@pytest.mark.parametrize("max_leaf", [4, 9])
+def test_leaves_take_every_value_up_to_the_largest(max_leaf):
+  config = GsmInfiniteConfig(style="terse", max_leaf=max_leaf)
+  text = " ".join(problem.problem for problem in draw(config, 200, seed=1))
+  leaves = {int(value) for value in re.findall(r" = (\d+) \.", text)}
+  # What is given in a reverse problem looks like a leaf, and may be larger.
+  assert set(range(1, max_leaf + 1)) <= leaves
+  forward = dataclasses.replace(config, modes=("forward",))
+  text = " ".join(problem.problem for problem in draw(forward, 200, seed=1))
+  leaves = {int(value) for value in re.findall(r" = (\d+) \.", text)}
+  assert leaves == set(range(1, max_leaf + 1))
 
 
 @pytest.mark.slow
@@ -573,6 +588,8 @@ def test_running_out_of_noise_is_an_error():
     ("max_places", 0),
     ("max_things", 6),
     ("max_value", 3),
+    ("max_leaf", 0),
+    ("max_leaf", 1001),
     ("distractors", -2),
     ("min_tokens", -1),
     ("max_tokens", -1),

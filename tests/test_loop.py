@@ -162,3 +162,12 @@ def test_problems_from_a_file(tmp_path, monkeypatch):
   )
   results = loop.train(config, tmp_path / "run")
   assert 0 < results["heldout"]["overall"]["count"] < 60
+
+  # One line that does not fit, wherever it would be drawn: told at once.
+  texts = path.read_text().splitlines()
+  fields = json.loads(texts[40])
+  fields["problem"] += " owl pine = 1 ." * 20
+  path.write_text("\n".join([*texts[:40], json.dumps(fields), *texts[41:]]))
+  with pytest.raises(ValueError, match=r"problems.jsonl, line 41: a context"):
+    loop.train(config, tmp_path / "long")
+  assert not (tmp_path / "long").exists()

@@ -133,8 +133,9 @@ def train_iterator(
     process_count: number of processes that share a batch.
 
   Raises:
-    ValueError: `batch_size` is not a multiple of `process_count`; on iterating,
-      an example does not fit (`lay_out`).
+    ValueError: `batch_size` is not a multiple of `process_count`; an example
+      does not fit (`lay_out`), which is found out here for a finite split and
+      on iterating for an endless one.
   """
   rows = _rows_per_process(batch_size, process_count)
   make_row = _row_maker(
@@ -144,6 +145,8 @@ def train_iterator(
   if size is None:
     indices = grain.MapDataset.range(sys.maxsize)
   else:
+    for index in range(size):  # what does not fit is better known at once
+      make_row(index)
     indices = grain.MapDataset.range(size).shuffle(seed).repeat()
   batches = indices.map(make_row).batch(rows, batch_fn=_stack)
   # One thread works ahead: more would only take turns at running Python.
@@ -225,14 +228,18 @@ def _row_maker(
 
   def make_row(index):
     example = task.example(split, index)
-    arrays = lay_out(
-      tokenizer.encode(example.context),
-      tokenizer.encode(example.answer),
-      tokenizer,
-      length,
-      window_length,
-      align_answer,
-    )
+    try:
+      arrays = lay_out(
+        tokenizer.encode(example.context),
+        tokenizer.encode(example.answer),
+        tokenizer,
+        length,
+        window_length,
+        align_answer,
+      )
+    except ValueError as error:
+      source = example.source or f"example {index} of {split!r}"
+      raise ValueError(f"{source}: {error}") from error
     mode = modes.index(example.mode)
     return Batch(*arrays, *np.array([example.depth, mode], np.int32))
 

@@ -25,6 +25,9 @@ class HybridLM(nn.Module):
       self.config.width,
       dtype=compute,
       param_dtype=parameters,
+      # Tokens as large as what blocks add to them; Flax's default, 1/sqrt(D),
+      # drowns them, and pocket math learns to look up much later.
+      embedding_init=nn.initializers.normal(1.0),
     )
     self.groups = [
       blocks.repeated(self.config, kinds, repeats, f"group_{i}")

@@ -17,12 +17,14 @@ class Example:
       (Rule 110). Accuracy is reported by depth.
     mode: a second grouping of the report: "forward" or "reverse" (math),
       "strings" (Rule 110).
+    source: where it stands, as an error should name it.
   """
 
   context: str
   answer: str
   depth: int
   mode: str
+  source: str = ""
 
 
 @runtime_checkable

@@ -1,11 +1,63 @@
 """Judging a model on held-out examples."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from sleep_jax.config import RunConfig
+from sleep_jax.data import pipeline
 from sleep_jax.data.pipeline import Batch
+from sleep_jax.data.tokenizers import Tokenizer
+from sleep_jax.tasks import Task
 from sleep_jax.training import judging
+
+
+def evaluation_sets(
+  task: Task, tokenizer: Tokenizer, run: RunConfig, layout: Mapping[str, Any]
+) -> dict[str, list[Batch]]:
+  """The batches of every split that is judged; see `pipeline.eval_batches`.
+
+  Args:
+    task: gives the examples.
+    tokenizer: turns them into tokens.
+    run: says how many, and how many in a batch.
+    layout: the arguments that rows are laid out by.
+
+  Raises:
+    ValueError: an example does not fit.
+  """
+  sets = {}
+  for split in task.eval_splits:
+    size = task.size(split)
+    count = min(run.evaluation_examples, size or run.evaluation_examples)
+    batches = pipeline.eval_batches(
+      task,
+      tokenizer,
+      split,
+      count,
+      batch_size=min(run.evaluation_batch_size, count),
+      **layout,
+    )
+    sets[split] = list(batches)
+  return sets
+
+
+def evaluate_sets(
+  predict, params, sets: Mapping[str, list[Batch]], modes, share: int
+) -> tuple[dict[str, Any], dict[str, float]]:
+  """(results by split, metrics) on the first 1 / `share` of the batches."""
+  results, metrics = {}, {}
+  for split, batches in sets.items():
+    some = batches[: math.ceil(len(batches) / share)]
+    judged, loss = evaluate(predict, params, split, some, modes)
+    results |= judged
+    metrics[f"eval/{split}/loss"] = loss
+    metrics[f"eval/{split}/accuracy"] = judged[split]["overall"]["accuracy"]
+    for depth, scores in judged[split]["depth"].items():
+      metrics[f"eval/{split}/depth_{depth}"] = scores["accuracy"]
+  return results, metrics
 
 
 def evaluate(predict, params, split: str, batches: list[Batch], modes) -> tuple:

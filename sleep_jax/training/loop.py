@@ -16,7 +16,11 @@ from sleep_jax.data.tokenizers import make_tokenizer
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.tasks import make_task
 from sleep_jax.training import checkpoints, judging, optimizers, workdir
-from sleep_jax.training.evaluate import evaluate, greedy_decode
+from sleep_jax.training.evaluate import (
+  evaluate_sets,
+  evaluation_sets,
+  greedy_decode,
+)
 from sleep_jax.training.metrics import MetricsWriter
 from sleep_jax.training.step import (
   TrainState,
@@ -58,16 +62,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
     window_length=config.sleep.window_length,
     align_answer=config.data.align_answer,
   )
-  evaluation = {}
-  for split in task.eval_splits:
-    size = task.size(split)
-    count = min(run.evaluation_examples, size or run.evaluation_examples)
-    batch_size = min(run.evaluation_batch_size, count)
-    evaluation[split] = list(
-      pipeline.eval_batches(
-        task, tokenizer, split, count, batch_size=batch_size, **layout
-      )
-    )
+  evaluation = evaluation_sets(task, tokenizer, run, layout)
   batches = pipeline.train_iterator(
     task,
     tokenizer,
@@ -88,18 +83,8 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
   train_step = make_train_step(model, optimizer, config)
   predict = make_predict(model, config)
 
-  def judge(params, share: int):
-    """(results, metrics): results on one in `share` of the batches."""
-    results, metrics = {}, {}
-    for split, all_batches in evaluation.items():
-      some = all_batches[: math.ceil(len(all_batches) / share)]
-      judged, loss = evaluate(predict, params, split, some, task.modes)
-      results |= judged
-      metrics[f"eval/{split}/loss"] = loss
-      metrics[f"eval/{split}/accuracy"] = judged[split]["overall"]["accuracy"]
-      for depth, scores in judged[split]["depth"].items():
-        metrics[f"eval/{split}/depth_{depth}"] = scores["accuracy"]
-    return results, metrics
+  def judge(params, share: int = 1):
+    return evaluate_sets(predict, params, evaluation, task.modes, share)
 
   with checkpoints.Checkpoints(folder) as saved:
     start, restored = 0, saved.restore_latest(*state, batches)
@@ -118,7 +103,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
         state = _steps(
           config, start, state, train_step, batches, judge, saved, writer
         )
-      results, metrics = judge(state.params, 1)
+      results, metrics = judge(state.params)
       if not (folder / "results.json").exists():
         writer.write(run.steps, metrics)
   judging.write_results(folder, results)

@@ -39,6 +39,9 @@ class GsmInfiniteConfig:
   max_places: int = 5
   # Largest number of kinds of things in a world, 1..5.
   max_things: int = 5
+  # Largest value of a leaf: a quantity stated as a constant. The original's is
+  # 4; the more values there are, the less a guess among them is worth.
+  max_leaf: int = 4
   # Largest value of a necessary quantity, and so of an answer; at least 4.
   max_value: int = 1000
   # Largest number of statements about the world that the answer does not need;
@@ -71,7 +74,9 @@ class GsmInfiniteConfig:
     for field in ("max_places", "max_things"):
       yield field, 1 <= getattr(self, field) <= 5, "use 1..5"
     fits = self.max_value >= 4
-    yield "max_value", fits, "use 4 (the largest stated constant) or more"
+    yield "max_value", fits, "use 4 (the largest factor) or more"
+    fits = 1 <= self.max_leaf <= self.max_value
+    yield "max_leaf", fits, f"use 1..max_value={self.max_value}"
     yield "distractors", self.distractors >= -1, "use -1 (all), 0 or more"
     yield "min_tokens", self.min_tokens >= 0, "use 0 (no noise) or more"
     fits = self.max_tokens >= self.min_tokens

@@ -24,6 +24,7 @@ AVERAGE = "average"
 TOTAL = "total"
 ATTRIBUTE_TOTAL = "attribute_total"
 
+# Of the constants that are added or multiplied; leaves have `max_leaf`.
 _LARGEST_CONSTANT = 4
 _MOST_EXTRA_EDGES = 3
 # Probabilities: that the last value is a total, that a new operand is one, that
@@ -108,14 +109,14 @@ def draw_graph(
   if not core.draw():
     return None
   graph = Graph(core.order, core.parts, {}, {}, {})
-  if not _draw_values(draws, graph, core.inputs, config.max_value):
+  if not _draw_values(draws, graph, core.inputs, config):
     return None
   if mode == "reverse" and not _hide_leaf(graph):
     return None
   rest = [p for p in core.free if p not in core.introduced]
   if config.distractors >= 0:
     rest = rest[: config.distractors]
-  graph.distractors = _draw_distractors(draws, graph, rest)
+  graph.distractors = _draw_distractors(draws, graph, rest, config.max_leaf)
   return graph
 
 
@@ -254,7 +255,7 @@ class _Core:
     return total
 
 
-def _draw_values(draws, graph, inputs, largest) -> bool:
+def _draw_values(draws, graph, inputs, config) -> bool:
   """Fills in definitions and values; whether all values are allowed."""
   values = graph.values
   for parameter in reversed(graph.order):
@@ -265,18 +266,19 @@ def _draw_values(draws, graph, inputs, largest) -> bool:
     else:
       constant, operands = inputs[parameter]
       graph.definitions[parameter], value = _draw_definition(
-        draws, parameter, constant, operands, values, largest
+        draws, parameter, constant, operands, values, config
       )
-    if value > largest or (value <= 0 and parameter.kind == COUNT):
+    if value > config.max_value or (value <= 0 and parameter.kind == COUNT):
       return False
     values[parameter] = value
   return True
 
 
-def _draw_definition(draws, parameter, constant, operands, values, largest):
+def _draw_definition(draws, parameter, constant, operands, values, config):
   """A definition from its inputs, and its value."""
+  largest = config.max_value
   if not operands:
-    value = draws.between(1, _LARGEST_CONSTANT)
+    value = draws.between(1, config.max_leaf)
     return Definition((), value), value
   value = sum([values[p] for p in operands])
   difference = False
@@ -338,7 +340,7 @@ def _slopes(graph: Graph, leaf: Parameter) -> dict[Parameter, int]:
   return slopes
 
 
-def _draw_distractors(draws, graph, parameters):
+def _draw_distractors(draws, graph, parameters, max_leaf):
   """Definitions of the parameters, from the core and from one another.
 
   A total that the core leaves alone can be an operand as soon as everything
@@ -375,7 +377,8 @@ def _draw_distractors(draws, graph, parameters):
     sign = ""
     if constant:
       sign = draws.choice("+*") if operands else ""
-      constant = draws.between(1 + (sign == "*"), _LARGEST_CONSTANT)
+      limit = _LARGEST_CONSTANT if operands else max_leaf
+      constant = draws.between(1 + (sign == "*"), limit)
     difference = len(operands) == 2 and draws.chance(0.5)
     definitions[parameter] = Definition(
       tuple(operands), int(constant), sign, difference

@@ -18,13 +18,14 @@ _ANSWER = re.compile(r"Answer: (-?\d+)\.?\s*$")
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """A line of a file; the attributes are those of `Problem`."""
+  """A line of a file: the attributes of `Problem`, and which line."""
 
   problem: str
   question: str
   answer: int
   op: int
   mode: str
+  line: int
 
 
 def read_records(path: str | pathlib.Path) -> Iterator[Record]:
@@ -45,15 +46,15 @@ def read_records(path: str | pathlib.Path) -> Iterator[Record]:
       if line.strip():
         empty = False
         try:
-          yield _record(line)
+          yield _record(line, number)
         except ValueError as error:
           raise ValueError(f"{path}, line {number}: {error}") from error
   if empty:
     raise ValueError(f"{path}: no problem in it; a line is one JSON object")
 
 
-def _record(line: str) -> Record:
-  fields = json.loads(line)
+def _record(text: str, line: int) -> Record:
+  fields = json.loads(text)
   if not isinstance(fields, dict):
     raise ValueError("not a JSON object")
   for name in ("problem", "question"):
@@ -75,6 +76,7 @@ def _record(line: str) -> Record:
     answer=answer,
     op=_integer(fields, "op"),
     mode=_MODES[mode],
+    line=line,
   )
 
 
@@ -136,6 +138,7 @@ class GsmInfiniteFile:
         answer=str(record.answer),
         depth=record.op,
         mode=record.mode,
+        source=f"{path}, line {record.line}",
       )
       sentences = record.problem.strip().removesuffix(".").split(". ")
       heldout = in_heldout(record.question, sentences, heldout_fraction)
