@@ -92,10 +92,11 @@ def accuracy_by_depth(
 def training_curves(
   runs: Mapping[str, Sequence[str | os.PathLike]], path: str | os.PathLike
 ) -> None:
-  """Draws training loss and accuracy against steps to a PNG.
+  """Draws loss and accuracies against steps to a PNG.
 
-  Several seeds are thin lines, their mean over the steps that all of them
-  have is a thick one.
+  A panel each for the training loss, the training accuracy and the accuracy on
+  each split that the first run was judged on along the way. Several seeds are
+  thin lines, their mean over the steps that all of them have is a thick one.
 
   Args:
     runs: label -> the metrics.jsonl of each of its seeds.
@@ -105,11 +106,22 @@ def training_curves(
     ValueError: matplotlib is missing, or there are too many labels.
   """
   styles = _styles(runs)
-  figure, panels = _panels(2)
-  for panel, name in zip(panels, ("loss", "accuracy"), strict=True):
-    for label, paths in runs.items():
+  metrics = {
+    label: [read_metrics(path) for path in paths]
+    for label, paths in runs.items()
+  }
+  shown = {"loss": "training loss", "accuracy": "training accuracy"}
+  shown |= {
+    name: f"{name.split('/')[1]} accuracy"
+    for line in next(iter(metrics.values()))[0]
+    for name in line
+    if name.startswith("eval/") and name.endswith("/accuracy")
+  }
+  figure, panels = _panels(len(shown))
+  for panel, (name, title) in zip(panels, shown.items(), strict=True):
+    for label, seeds in metrics.items():
       colour, _ = styles[label]
-      curves = [_curve(metrics_path, name) for metrics_path in paths]
+      curves = [_curve(lines, name) for lines in seeds]
       if len(curves) > 1:
         for curve in curves:
           panel.plot(
@@ -119,10 +131,9 @@ def training_curves(
       mean = [np.mean([curve[step] for curve in curves]) for step in steps]
       panel.plot(steps, mean, color=colour, lw=1.8, label=label)
     panel.set_xlabel("training steps")
-    panel.set_ylabel(f"training {name}")
+    panel.set_ylabel(title)
     panel.set_xlim(left=0)
-    panel.set_ylim(bottom=0)
-  panels[1].set_ylim(0, 1.02)
+    panel.set_ylim(0, None if name == "loss" else 1.02)
   _save(figure, path)
 
 
@@ -175,11 +186,11 @@ def _accuracies(scores: Mapping[str, Any]) -> np.ndarray:
   return np.array([[s["accuracy"], *s["interval"]] for s in scores.values()]).T
 
 
-def _curve(path: str | os.PathLike, name: str) -> dict[int, float]:
-  """Step -> value of the training lines; not finite there, NaN here."""
+def _curve(lines: Sequence[Mapping], name: str) -> dict[int, float]:
+  """Step -> value where a line has it; not finite there, NaN here."""
   return {
     line["step"]: float("nan") if line[name] is None else line[name]
-    for line in read_metrics(path)
+    for line in lines
     if name in line
   }
 

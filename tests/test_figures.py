@@ -34,7 +34,8 @@ def write_metrics(path, losses, every=10):
     {"step": every * (i + 1), "loss": loss, "accuracy": loss}
     for i, loss in enumerate(losses)
   ]
-  lines.insert(1, {"step": every, "eval/heldout/loss": 9.0})
+  judged = {"eval/heldout/loss": 9.0, "eval/heldout/accuracy": 0.25}
+  lines.insert(1, {"step": every} | judged)
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
   return path
 
@@ -101,9 +102,12 @@ def test_training_curves_show_each_seed_and_their_mean(drawn, tmp_path):
   figures.training_curves(
     {"N=1": seeds, "N=2": [other]}, tmp_path / "curves.png"
   )
-  loss, accuracy = drawn[0].axes
+  loss, accuracy, heldout = drawn[0].axes
   assert loss.get_ylabel() == "training loss"
   assert accuracy.get_ylabel() == "training accuracy"
+  assert heldout.get_ylabel() == "heldout accuracy"
+  for line in heldout.lines:
+    np.testing.assert_allclose(line.get_xydata(), [(10, 0.25)])
   first, second, mean, alone = [line.get_xydata() for line in loss.lines]
   np.testing.assert_allclose(first, [(10, 0.9), (20, 0.6), (30, 0.3)])
   np.testing.assert_allclose(second, [(10, 0.7), (20, 0.2)])
