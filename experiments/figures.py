@@ -155,11 +155,11 @@ def draw_run(
 def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m experiments.figures")
   parser.add_argument("--workdirs", required=True, help="DIR,DIR,...")
-  parser.add_argument("--labels", help="one each; default: the folders' names")
+  parser.add_argument("--labels", help="one each; default: the folders")
   parser.add_argument("--out", required=True, help="folder that gets the PNGs")
   arguments = parser.parse_args()
   workdirs = [Path(workdir) for workdir in arguments.workdirs.split(",")]
-  labels = [workdir.name for workdir in workdirs]
+  labels = arguments.workdirs.split(",")
   if arguments.labels:
     labels = arguments.labels.split(",")
   if len(labels) != len(workdirs):
@@ -171,13 +171,20 @@ def main() -> None:
       if not (workdir / name).exists():
         parser.error(f"{workdir} has no {name}: is the run finished?")
     metrics.setdefault(label, []).append(workdir / "metrics.jsonl")
-    results.setdefault(label, []).append(
-      json.loads((workdir / "results.json").read_text())
-    )
+    try:
+      result = json.loads((workdir / "results.json").read_text())
+    except ValueError:
+      parser.error(f"{workdir}/results.json is not JSON: judge the run again")
+    if not result:
+      parser.error(f"{workdir}/results.json holds no split")
+    results.setdefault(label, []).append(result)
   out = Path(arguments.out)
-  out.mkdir(parents=True, exist_ok=True)
-  accuracy_by_depth(results, out / "accuracy_by_depth.png")
-  training_curves(metrics, out / "training_curves.png")
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    accuracy_by_depth(results, out / "accuracy_by_depth.png")
+    training_curves(metrics, out / "training_curves.png")
+  except (OSError, ValueError) as error:
+    parser.error(str(error))
   print(f"{out}/accuracy_by_depth.png\n{out}/training_curves.png")
 
 

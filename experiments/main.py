@@ -30,7 +30,8 @@ def parse(argv: list[str]) -> list[str]:
     arguments = flags.FLAGS(argv)
   except Exception as error:  # a config file may raise anything
     # What it raised comes with its traceback, the message last.
-    fail(str(error).strip().splitlines()[-1])
+    lines = str(error).strip().splitlines()
+    fail(lines[-1] if lines else type(error).__name__)
   if _CONFIG.value is None:
     fail("--config is missing: give a file, as --config=experiments/math.py")
   if len(arguments) > 1:

@@ -161,6 +161,22 @@ def test_the_command_says_what_is_missing(
   assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+  "text, message", [("{", "not JSON"), ("{}", "no split")]
+)
+def test_the_command_says_what_cannot_be_read(
+  tmp_path, monkeypatch, capsys, text, message
+):
+  (tmp_path / "results.json").write_text(text)
+  write_metrics(tmp_path / "metrics.jsonl", [1.0])
+  monkeypatch.setattr(
+    sys, "argv", ["figures", f"--workdirs={tmp_path}", f"--out={tmp_path}/x"]
+  )
+  with pytest.raises(SystemExit):
+    figures.main()
+  assert message in capsys.readouterr().err
+
+
 def test_more_labels_than_colours_are_refused(tmp_path):
   many = {f"N={n}": [results()] for n in range(7)}
   with pytest.raises(ValueError, match="7 labels"):

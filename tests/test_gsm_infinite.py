@@ -160,6 +160,16 @@ def test_leaves_take_every_value_up_to_the_largest(max_leaf):
   text = " ".join(problem.problem for problem in draw(forward, 200, seed=1))
   leaves = {int(value) for value in re.findall(r" = (\d+) \.", text)}
   assert leaves == set(range(1, max_leaf + 1))
+  # What the answer does not need is as large, or its size would tell it apart.
+  lookups = dataclasses.replace(forward, ops=(1,))
+  others = [
+    int(value)
+    for problem in draw(lookups, 200, seed=1)
+    for statement in sentences(problem.problem)
+    if not statement.startswith(problem.question.strip("? ."))
+    for value in re.findall(r" = (\d+) \.", statement)
+  ]
+  assert set(others) == set(range(1, max_leaf + 1))
 
 
 @pytest.mark.slow
@@ -698,7 +708,12 @@ BAD_LINES = [
   ([record(1, answer="two")], "line 1: answer 'two' is no integer"),
   ([record(1, answer=2.5)], "line 1: answer 2.5 is no integer"),
   ([record(1, op=None)], "line 1: op None is no integer"),
+  ([record(1, answer="1_000")], "line 1: answer '1_000' is no integer"),
+  ([record(1, op=3_000_000_000)], "line 1: op 3000000000: must be in"),
   ([record(1, mode="sideways")], "line 1: mode 'sideways'"),
+  ([record(1, mode=[])], "line 1: mode "),
+  ([record(1, question="\ud800")], "line 1: .*surrogate"),
+  (["[" * 200_000], "line 1: .*recursion"),
   ([{"problem": "x", "question": "?", "op": 1}], "line 1: no field 'answer'"),
   ([{"problem": "x", "question": "?", "answer": 1}], "line 1: .*'op'"),
   ([], "no problem in it"),

@@ -150,3 +150,9 @@ def test_contradictions_among_irrelevant_statements_are_harmless():
     " fox lake = bear lake ."
   )
   assert solve(problem, "? owl pine .") == 3
+
+
+def test_a_chain_too_long_to_follow_is_unsolvable():
+  chain = [f"owl p{i} = owl p{i + 1} ." for i in range(5000)]
+  with pytest.raises(Unsolvable, match="too long"):
+    solve(" ".join([*chain, "owl p5000 = 1 ."]), "? owl p0 .")

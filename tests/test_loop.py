@@ -75,19 +75,23 @@ def test_what_a_run_leaves_behind(finished):
   assert 0 < training[-1]["learning_rate"] < training[0]["learning_rate"]
 
 
-@pytest.mark.parametrize("damage", ["never written", "truncated"])
+@pytest.mark.parametrize("damage", ["never written", "truncated", "position"])
 def test_a_stopped_run_ends_with_the_same_bits(finished, tmp_path, damage):
-  """The newest checkpoint is missing, or half of it: on from the one before."""
+  """The newest checkpoint is missing, or bad: on from the one before it."""
   workdir = tmp_path / "copy"
   shutil.copytree(finished[0], workdir)
   newest = workdir / "checkpoints" / "6"
   if damage == "never written":
     shutil.rmtree(newest)
+  elif damage == "position":
+    (path,) = (newest / "data").glob("process_0*")
+    path.write_text(path.read_text().replace("6", "0"))
   else:
     for path in (newest / "params").rglob("*"):
       if path.is_file():
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  (workdir / "results.json").unlink()
+  if damage == "never written":  # stopped earlier still
+    (workdir / "results.json").unlink()
   results = loop.train(CONFIG, workdir)
   assert results == finished[1]
   assert equal(final_params(workdir), final_params(finished[0]))
@@ -100,6 +104,32 @@ def test_a_stopped_run_ends_with_the_same_bits(finished, tmp_path, damage):
     ]
 
   assert comparable(workdir) == comparable(finished[0])
+
+
+def test_passes_and_seeds_reach_the_run(finished, tmp_path):
+  """N, run.seed and data.seed each make another model; equal ones the same."""
+  config = dataclasses.replace(
+    CONFIG,
+    run=dataclasses.replace(CONFIG.run, steps=1, evaluation_examples=32),
+  )
+  changed = {
+    "same": config,
+    "passes": dataclasses.replace(
+      config, sleep=dataclasses.replace(config.sleep, passes=1)
+    ),
+    "run seed": dataclasses.replace(
+      config, run=dataclasses.replace(config.run, seed=1)
+    ),
+    "data seed": dataclasses.replace(
+      config, data=dataclasses.replace(config.data, seed=1)
+    ),
+  }
+  loop.train(config, tmp_path / "first")
+  first = final_params(tmp_path / "first")
+  for name, other in changed.items():
+    loop.train(other, tmp_path / name)
+    same = equal(final_params(tmp_path / name), first)
+    assert same == (name == "same"), name
 
 
 def test_divergence_is_told_and_never_saved(tmp_path):
@@ -135,7 +165,10 @@ def test_judging_alone_from_other_parameters(finished, tmp_path):
     CONFIG,
     run=dataclasses.replace(CONFIG.run, steps=0, init_from=str(finished[0])),
   )
-  assert loop.train(config, tmp_path / "judged") == finished[1]
+  for _ in range(2):  # the second time there is nothing left to do
+    assert loop.train(config, tmp_path / "judged") == finished[1]
+    (line,) = lines(tmp_path / "judged")
+    assert "eval/heldout/loss" in line
   wider = dataclasses.replace(
     config, model=dataclasses.replace(config.model, width=16)
   )
@@ -171,3 +204,14 @@ def test_problems_from_a_file(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"problems.jsonl, line 41: a context"):
     loop.train(config, tmp_path / "long")
   assert not (tmp_path / "long").exists()
+
+
+def test_a_started_run_needs_what_it_started_from_no_more(finished, tmp_path):
+  source = tmp_path / "source"
+  shutil.copytree(finished[0], source)
+  config = dataclasses.replace(
+    CONFIG, run=dataclasses.replace(CONFIG.run, init_from=str(source))
+  )
+  results = loop.train(config, tmp_path / "run")
+  shutil.rmtree(source)
+  assert loop.train(config, tmp_path / "run") == results

@@ -6,6 +6,8 @@ that they can be shipped), `train` (the optimizer state) and `data`
 is written, last of all; a run killed while saving leaves a folder without it.
 """
 
+import hashlib
+import json
 import os
 import shutil
 from typing import Any, TypeAlias
@@ -79,7 +81,7 @@ class Checkpoints:
       )
     items = ocp.args.Composite(
       params=_save_arguments(params),
-      train=_save_arguments(train),
+      train=_save_arguments(train, position=_position(iterator)),
       data=grain.checkpoint.CheckpointSave(iterator),
     )
     try:
@@ -121,6 +123,8 @@ class Checkpoints:
         params = _read(folder / "params", params_like)
         train = _read(folder / "train", train_like)
         grain.checkpoint.CheckpointHandler().restore(folder / "data", iterator)
+        if _metadata(folder / "train")["position"] != _position(iterator):
+          raise ValueError("its data position is corrupt")
       except Exception as error:  # whatever the libraries raise on bad bytes
         reasons.append(f"step {step}: {_first_line(error)}")
         self._unreadable.append(step)
@@ -182,6 +186,15 @@ class Checkpoints:
         shutil.rmtree(self._directory / str(step), ignore_errors=True)
 
 
+def is_started(workdir: str | os.PathLike) -> bool:
+  """Whether the workdir holds a finished step, to resume from."""
+  folder = epath.Path(workdir).absolute() / "checkpoints"
+  return any(
+    (folder / str(step) / _COMMIT_FILE).exists()
+    for step in _step_folders(folder)
+  )
+
+
 def restore_params(path: str | os.PathLike, params_like: PyTree) -> PyTree:
   """Returns the model parameters at `path`, shaped and sharded as the like.
 
@@ -226,11 +239,24 @@ def export_params(path: str | os.PathLike, params: PyTree) -> None:
     (folder / _COMMIT_FILE).unlink()
 
 
-def _save_arguments(tree: PyTree) -> ocp.args.StandardSave:
+def _save_arguments(tree: PyTree, **metadata: Any) -> ocp.args.StandardSave:
   arrays = _by_name(tree)
   return ocp.args.StandardSave(
-    arrays, custom_metadata={"checksums": _checksums(arrays)}
+    arrays, custom_metadata={"checksums": _checksums(arrays)} | metadata
   )
+
+
+def _metadata(folder: epath.Path) -> dict[str, Any]:
+  metadata = ocp.StandardCheckpointHandler().metadata(folder).custom_metadata
+  if metadata is None:
+    raise ValueError("its checksums are missing")
+  return metadata
+
+
+def _position(iterator: grain.DatasetIterator) -> str:
+  """A digest of where the iterator stands: the format keeps no checksum."""
+  state = json.dumps(iterator.get_state(), sort_keys=True, default=repr)
+  return hashlib.sha256(state.encode()).hexdigest()
 
 
 def _read(folder: epath.Path, like: PyTree) -> PyTree:
@@ -244,10 +270,9 @@ def _read(folder: epath.Path, like: PyTree) -> PyTree:
     folder,
     args=ocp.args.StandardRestore(jax.tree.map(_with_sharding, like_by_name)),
   )
-  if metadata.custom_metadata is None:
-    raise ValueError("its checksums are missing")
+  saved = _metadata(folder)["checksums"]
   for name, checksum in _checksums(arrays).items():
-    if checksum != metadata.custom_metadata["checksums"][name]:
+    if checksum != saved[name]:
       raise ValueError(f"{name} is corrupt: its checksum is not the saved one")
   leaves = [arrays[name] for name in like_by_name]
   return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -74,7 +74,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
   )
   model = HybridLM(config.model, tokenizer.vocab_size)
   params = init_params(model, run.seed)
-  if run.init_from:
+  if run.init_from and not checkpoints.is_started(path):
     params = checkpoints.restore_params(run.init_from, params)
   folder = workdir.open_workdir(path, dataclasses.asdict(config))
 
@@ -104,8 +104,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
           config, start, state, train_step, batches, judge, saved, writer
         )
       results, metrics = judge(state.params)
-      if not (folder / "results.json").exists():
-        writer.write(run.steps, metrics)
+      writer.write(run.steps, metrics)
   judging.write_results(folder, results)
   _show_examples(predict, state.params, evaluation, tokenizer)
   return results

@@ -39,8 +39,8 @@ class MetricsWriter:
     Args:
       workdir: the run's folder.
       total_steps: where the run ends.
-      start_step: the step resumed from; later lines are dropped. 0 starts
-        the file afresh.
+      start_step: the step resumed from; later lines are dropped, and the
+        last evaluation, which every run ends with. 0 starts the file afresh.
       tensorboard: also writes event files to `workdir`/tensorboard.
       process_index: only process 0 writes and shows anything.
 
@@ -56,7 +56,7 @@ class MetricsWriter:
     if tensorboard:
       self._tensorboard = _summary_writer(workdir / "tensorboard", start_step)
     path = workdir / "metrics.jsonl"
-    write_atomically(path, _lines_until(path, start_step))
+    write_atomically(path, _lines_until(path, start_step, total_steps))
     self._file = open(path, "a", encoding="utf-8")
     self._total_steps = total_steps
     self._bar = None
@@ -131,10 +131,15 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
   return lines
 
 
-def _lines_until(path: Path, step: int) -> str:
+def _lines_until(path: Path, step: int, total_steps: int) -> str:
   if step == 0 or not path.exists():
     return ""
-  kept = [line for line in read_metrics(path) if line["step"] <= step]
+  kept = [
+    line
+    for line in read_metrics(path)
+    if line["step"] <= step
+    and not (line["step"] == total_steps and "loss" not in line)
+  ]
   return "".join(json.dumps(line) + "\n" for line in kept)
 
 

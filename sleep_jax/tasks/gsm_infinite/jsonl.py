@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 
 from sleep_jax.tasks.base import Example
 from sleep_jax.tasks.gsm_infinite.task import Problem
@@ -13,7 +14,9 @@ from sleep_jax.tasks.gsm_infinite.text import in_heldout, split_words
 # The original's words for the modes.
 _MODES = {"normalforward": "forward", "forwardreverse": "reverse"}
 _ORIGINAL_MODES = {mode: word for word, mode in _MODES.items()}
-_ANSWER = re.compile(r"Answer: (-?\d+)\.?\s*$")
+_INTEGER = re.compile(r"\s*-?[0-9]{1,18}\s*")
+_LARGEST_OP = 1000
+_ANSWER = re.compile(r"Answer: (-?[0-9]+)\.?\s*$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ def read_records(path: str | pathlib.Path) -> Iterator[Record]:
         empty = False
         try:
           yield _record(line, number)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
           raise ValueError(f"{path}, line {number}: {error}") from error
   if empty:
     raise ValueError(f"{path}: no problem in it; a line is one JSON object")
@@ -60,6 +63,7 @@ def _record(text: str, line: int) -> Record:
   for name in ("problem", "question"):
     if not isinstance(fields.get(name), str):
       raise ValueError(f"field {name!r} is missing or no text")
+    fields[name].encode()  # half of a surrogate pair is no text
   if "answer" in fields:
     answer = _integer(fields, "answer")
   else:
@@ -68,25 +72,27 @@ def _record(text: str, line: int) -> Record:
       raise ValueError("no field 'answer', and no solution ending 'Answer: N'")
     answer = int(found[1])
   mode = fields.get("mode", "normalforward")
-  if mode not in _MODES:
+  if not isinstance(mode, str) or mode not in _MODES:
     raise ValueError(f"mode {mode!r} is none of {', '.join(_MODES)}")
+  op = _integer(fields, "op")
+  if not 0 <= op <= _LARGEST_OP:
+    raise ValueError(f"op {op}: must be in 0..{_LARGEST_OP}")
   return Record(
     problem=fields["problem"],
     question=fields["question"],
     answer=answer,
-    op=_integer(fields, "op"),
+    op=op,
     mode=_MODES[mode],
     line=line,
   )
 
 
 def _integer(fields: dict, name: str) -> int:
-  try:
-    return int(str(fields[name]))
-  except KeyError:
-    raise ValueError(f"field {name!r} is missing") from None
-  except ValueError:
-    raise ValueError(f"{name} {fields[name]!r} is no integer") from None
+  if name not in fields:
+    raise ValueError(f"field {name!r} is missing")
+  if not _INTEGER.fullmatch(str(fields[name])):
+    raise ValueError(f"{name} {repr(fields[name])[:40]} is no integer")
+  return int(str(fields[name]))
 
 
 def write_problems(
@@ -144,6 +150,11 @@ class GsmInfiniteFile:
       heldout = in_heldout(record.question, sentences, heldout_fraction)
       self._examples["heldout" if heldout else "train"].append(example)
       words.update(split_words(example.context), split_words(example.answer))
+    # Evaluations on the way take the first few: of a file sorted by
+    # operations they would see the shallow ones alone.
+    self._examples["heldout"].sort(
+      key=lambda e: sha256(e.context.encode()).digest()
+    )
     for split, examples in self._examples.items():
       if not examples:
         raise ValueError(

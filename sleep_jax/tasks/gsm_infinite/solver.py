@@ -166,7 +166,13 @@ def solve(problem: str, question: str) -> int:
   Raises:
     Unsolvable: the text cannot be read, or does not determine the answer.
   """
-  world = _World(problem, question)
+  try:
+    return _solve(_World(problem, question))
+  except RecursionError:
+    raise Unsolvable("its chain of statements is too long") from None
+
+
+def _solve(world: _World) -> int:
   if not world.reverse:
     return world.form(world.asked)[1]
   answers = set()
