@@ -224,7 +224,11 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-  """All of the above, and the task's own settings."""
+  """All of the above, and the task's own settings.
+
+  Raises:
+    ValueError: values are out of bounds; one line that names every violation.
+  """
 
   task: GsmInfiniteConfig | Rule110Config = GsmInfiniteConfig()
   model: ModelConfig = ModelConfig()
@@ -233,8 +237,11 @@ class ExperimentConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   run: RunConfig = RunConfig()
 
-  def violations(self):
-    """Yields a line for each thing that is wrong."""
+  def __post_init__(self):
+    if problems := sorted(self._violations()):
+      raise ValueError("bad config: " + "; ".join(problems))
+
+  def _violations(self):
     for section in (
       self.model,
       self.sleep,
@@ -301,8 +308,5 @@ def from_config_dict(config: Any) -> ExperimentConfig:
       except ValueError as error:  # a task's settings check themselves
         problems += str(error).splitlines()
   if not problems:
-    experiment = ExperimentConfig(**sections)
-    problems += experiment.violations()
-    if not problems:
-      return experiment
+    return ExperimentConfig(**sections)
   raise ValueError("bad config: " + "; ".join(sorted(problems)))

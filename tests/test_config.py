@@ -11,6 +11,7 @@ import pytest
 from experiments import automaton, math
 from sleep_jax.config import (
   ExperimentConfig,
+  SleepConfig,
   from_config_dict,
 )
 
@@ -90,6 +91,11 @@ def test_all_violations_come_in_one_error():
     from_config_dict(config)
   assert "sleep.passes" in str(error.value)
   assert "model.width" in str(error.value)
+
+
+def test_no_config_can_be_made_that_is_wrong():
+  with pytest.raises(ValueError, match="bad config: sleep.passes = 0"):
+    ExperimentConfig(sleep=SleepConfig(passes=0))
 
 
 def run_tiny(*arguments, **options):
