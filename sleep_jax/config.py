@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_collections
 
+from sleep_jax.model.update_rules import UPDATE_RULES
 from sleep_jax.tasks import TASKS
 from sleep_jax.tasks.gsm_infinite import GsmInfiniteConfig
 from sleep_jax.tasks.rule110 import Rule110Config
@@ -47,6 +48,8 @@ class ModelConfig:
   fast_weight_heads: int = 2
   key_dim: int = 32
   value_dim: int = 32
+  # How S learns: one of `model.update_rules.UPDATE_RULES`.
+  update_rule: str = "gated_delta"
   # Taps of the causal depthwise convolution on q, k and v.
   convolution_size: int = 4
   # F: width of the SwiGLU layer.
@@ -74,6 +77,11 @@ class ModelConfig:
       yield (
         f"model.key_value_heads = {self.key_value_heads}: must divide "
         f"model.attention_heads = {self.attention_heads}"
+      )
+    if self.update_rule not in UPDATE_RULES:
+      yield (
+        f"model.update_rule = {self.update_rule!r}: one of "
+        f"{sorted(UPDATE_RULES)}"
       )
     if self.compute_dtype not in COMPUTE_DTYPES:
       yield (

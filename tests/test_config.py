@@ -61,6 +61,7 @@ def test_sizes_that_are_not_there():
     ("data.seed", -1, r"data.seed = -1: must be in 0"),
     ("run.seed", 2**70, r"run.seed = "),
     ("run.steps", -1, r"run.steps = -1"),
+    ("model.update_rule", "oja", r"update_rule = 'oja': one of .*kda"),
     ("task.name", "chess", r"task.name = 'chess': one of .*rule110"),
     ("task.ops", (9,), r"task.ops = \(9,\)"),
   ],

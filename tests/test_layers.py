@@ -1,5 +1,6 @@
 """The Gated DeltaNet layer against stored answers of independent code."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -44,6 +45,48 @@ def test_gated_delta_net_layer_equals_stored_answers():
   )
   np.testing.assert_allclose(mine, y, atol=5e-6)
   np.testing.assert_allclose(final, state, atol=5e-6)
+
+
+def test_rules_whose_layers_are_special_cases_of_others():
+  """Equal channels make kda gated_delta; no decay makes that delta; a decay
+  without its projection makes hebbian fixed_decay."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 10, 8)), jnp.float32)
+  valid = jnp.asarray(np.arange(10) < [[10], [7]])
+  config = ModelConfig(
+    width=8, fast_weight_heads=2, key_dim=4, value_dim=6, attention_heads=2
+  )
+  state = jnp.asarray(rng.normal(size=(2, 2, 4, 6)), jnp.float32)
+
+  def layer(rule):
+    return GatedDeltaNet(dataclasses.replace(config, update_rule=rule))
+
+  def run(rule, params):
+    return jax.jit(layer(rule).apply)({"params": params}, x, state, valid)
+
+  def assert_equal(one, other):
+    for mine, theirs in zip(one, other, strict=True):
+      np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+  init = jax.jit(layer("gated_delta").init)
+  params = init(jax.random.key(0), x, state, valid)["params"]
+  expected = run("gated_delta", params)
+
+  per_channel = params | {
+    "a_proj": {"kernel": jnp.repeat(params["a_proj"]["kernel"], 4, axis=1)},
+    "dt_bias": jnp.repeat(params["dt_bias"][:, None], 4, axis=1),
+  }
+  assert_equal(run("kda", per_channel), expected)
+
+  without = params | {"A_log": jnp.full(2, -jnp.inf)}
+  rest = {k: v for k, v in params.items() if k not in "A_log dt_bias a_proj"}
+  assert_equal(run("delta", rest), run("gated_delta", without))
+
+  fixed = {k: v for k, v in params.items() if k != "a_proj"}
+  zero = params | {"a_proj": {"kernel": jnp.zeros((8, 2))}}
+  assert_equal(run("fixed_decay", fixed), run("hebbian", zero))
+  difference = jnp.abs(run("hebbian", params)[1] - expected[1])
+  assert jnp.max(difference) > 0.1
 
 
 def test_convolution_starts_with_the_variance_of_its_taps():

@@ -1,56 +1,101 @@
 """The door to the gated delta rule."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
 from pallas_kernels.gated_delta import chunked_xla, reference
 
 IMPLEMENTATIONS = {
   "reference": reference.gated_delta_rule,
-  "chunked_xla": chunked_xla.gated_delta_rule,
+  "chunked_xla": functools.partial(chunked_xla.chunked_rule, delta=True),
 }
 
 
 def gated_delta_rule(
-  q, k, v, g, beta, initial_state, *, implementation="chunked_xla"
+  q, k, v, g, beta, initial_state, *, implementation: str | None = None
 ):
   """Returns (o [B,T,H,V], final_state [B,H,K,V]) of the gated delta rule.
 
   S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,
   o_t = S_t^T (K^-0.5 q_t): the transpose of the paper's S (section 3), decay
-  before the prediction error, read-out after the update.
+  before the prediction error, read-out after the update. Differentiable in all
+  six inputs, through both outputs.
 
   Args:
-    q: queries [B, T, H, K], already l2-normalised; scaled by K^-0.5 here.
-    k: keys [B, T, H, K], already l2-normalised.
+    q: queries [B, T, G, K], already l2-normalised; scaled by K^-0.5 here. G
+      divides H: H / G neighbouring heads share a query and a key.
+    k: keys [B, T, G, K], already l2-normalised.
     v: values [B, T, H, V].
-    g: log decay [B, T, H], at most 0.
+    g: log decay [B, T, H], at most 0; above 0 the result is undefined.
     beta: writing strength [B, T, H]; a token with beta = 0 and g = 0 leaves
       the state alone.
     initial_state: [B, H, K, V]; its dtype (float32, or float64 in tests) is
       that of the computation.
-    implementation: "chunked_xla" or "reference".
+    implementation: "reference" (a token at a time) or "chunked_xla"; None
+      picks.
 
   Returns:
     o in v's dtype, final_state in initial_state's dtype.
 
   Raises:
-    ValueError: unknown implementation, or shapes that do not fit together.
+    ValueError: unknown implementation, shapes that do not fit together or are
+      empty, dtypes that are no floating point, or a positive g (where its
+      values are known: not under jit).
   """
+  if implementation is None:
+    implementation = "chunked_xla"
+    logging.debug("gated_delta_rule: chunked_xla, which runs everywhere")
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"unknown implementation {implementation!r}: one of "
       f"{sorted(IMPLEMENTATIONS)}"
     )
-  batch, length, heads, key_dim = q.shape
-  value_dim = v.shape[-1]
-  expected = {
-    "k": (k, (batch, length, heads, key_dim)),
-    "v": (v, (batch, length, heads, value_dim)),
-    "g": (g, (batch, length, heads)),
-    "beta": (beta, (batch, length, heads)),
-    "initial_state": (initial_state, (batch, heads, key_dim, value_dim)),
-  }
-  for name, (array, shape) in expected.items():
-    if array.shape != shape:
-      raise ValueError(
-        f"{name} has shape {array.shape}; {shape} fits q {q.shape}"
-      )
+  q, k = check_and_group(q, k, v, g, beta, initial_state)
   return IMPLEMENTATIONS[implementation](q, k, v, g, beta, initial_state)
+
+
+def check_and_group(q, k, v, g, beta, initial_state):
+  """q and k with a head for each of v's; ValueError as `gated_delta_rule`.
+
+  g may be per head [B,T,H] or per channel [B,T,H,K].
+  """
+  arrays = dict(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+  for name, array in arrays.items():
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise ValueError(f"{name} is {array.dtype}: must be floating point")
+  if q.ndim != 4 or v.ndim != 4:
+    raise ValueError(
+      f"q and v have shapes {q.shape} and {v.shape}: must be [B, T, heads, dim]"
+    )
+  batch, length, groups, key_dim = q.shape
+  heads, value_dim = v.shape[2:]
+  if 0 in (*q.shape, *v.shape):
+    raise ValueError(
+      f"q and v have shapes {q.shape} and {v.shape}: no axis may be empty"
+    )
+  if heads % groups:
+    raise ValueError(
+      f"q has {groups} heads and v {heads}: v's must be a multiple of q's"
+    )
+  per_head = (batch, length, heads)
+  expected = {
+    "k": q.shape,
+    "v": (*per_head, value_dim),
+    "g": per_head if g.ndim == 3 else (*per_head, key_dim),
+    "beta": per_head,
+    "initial_state": (batch, heads, key_dim, value_dim),
+  }
+  for name, shape in expected.items():
+    if arrays[name].shape != shape:
+      raise ValueError(
+        f"{name} has shape {arrays[name].shape}; {shape} fits q {q.shape} and "
+        f"v {v.shape}"
+      )
+  if not isinstance(g, jax.core.Tracer) and (largest := jnp.max(g)) > 0:
+    raise ValueError(f"g reaches {largest}: a log decay is at most 0")
+  if groups < heads:
+    q, k = (jnp.repeat(x, heads // groups, axis=2) for x in (q, k))
+  return q, k

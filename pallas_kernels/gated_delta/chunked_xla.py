@@ -1,16 +1,20 @@
-"""The gated delta rule by chunks, in plain XLA: the portable path.
+"""Gated update rules by chunks, in plain XLA: the portable path.
 
-Within a chunk of C tokens, with G = cumsum(g), D_ij = exp(G_i - G_j) for
-i >= j, and the start state S (one head, one row of the batch):
+Within a chunk of C tokens, with G = cumsum(g) over the chunk and the start
+state S (one head, one row of the batch; * is elementwise):
 
-  L = stril(diag(beta) (K K^T * D))
-  X = diag(beta) (V - diag(exp G) K S)
-  E = (I + L)^-1 X                       the corrected values
-  O = diag(exp G) Q S + tril(Q K^T * D) E
-  S' = exp(G_C) S + (diag(exp(G_C - G)) K)^T E
+  A_ij = sum_c k_ic k_jc exp(G_ic - G_jc) for i > j
+  P_ij = sum_c q_ic k_jc exp(G_ic - G_jc) for i >= j
+  X = diag(beta) (V - (exp(G) * K) S)
+  E = (I + diag(beta) A)^-1 X                    the corrected values
+  O = (exp(G) * Q) S + P E
+  S' = exp(G_C) S + (exp(G_C - G) * K)^T E
 
-The backward pass of a chunk keeps the chunk's inputs and its start state and
-recomputes the rest: with dX = (I + L)^-T dE, dL = -stril(dX E^T), so that the
+A rule without the delta correction writes E = diag(beta) V. A decay per head is
+one number for all channels c, and leaves the products: A = D * K K^T.
+
+The backward pass keeps a chunk's inputs and start state and recomputes the
+rest; with dX = (I + L)^-T dE, dL = -dX E^T below the diagonal, so that the
 inverse itself is never differentiated.
 """
 
@@ -21,10 +25,20 @@ import jax.numpy as jnp
 # inside a chunk grow as C^2, and one chunk needs no scan.
 MAX_SINGLE_CHUNK = 64
 CHUNK = 32
+# Rows that are inverted by substitution; larger blocks are put together.
+SUBSTITUTED = 32
+# Rows that share a reference in products decayed per channel.
+REFERENCED = 16
 
 
-def gated_delta_rule(q, k, v, g, beta, initial_state):
-  """Returns (o, final_state) by chunks; see `api`."""
+def chunked_rule(q, k, v, g, beta, initial_state, *, delta: bool):
+  """Returns (o, final_state) of a rule; see `api` and `rules`.
+
+  Args:
+    q, k, v, beta, initial_state: as in `api.gated_delta_rule`.
+    g: log decay per head [B, T, H] or per channel [B, T, H, K].
+    delta: whether what S predicts for a key is taken off its value.
+  """
   length = q.shape[1]
   dtype = initial_state.dtype
   scale = jnp.asarray(q.shape[-1] ** -0.5, dtype)
@@ -32,8 +46,11 @@ def gated_delta_rule(q, k, v, g, beta, initial_state):
   heads_first = [
     jnp.moveaxis(x.astype(dtype), 2, 1) for x in (q * scale, k, v, g, beta)
   ]
+  chunk = jax.checkpoint(
+    lambda state, inputs: _chunk(*inputs, state, delta), prevent_cse=False
+  )
   if length <= MAX_SINGLE_CHUNK:
-    o, state = _chunk(*heads_first, initial_state)
+    state, o = chunk(initial_state, heads_first)
   else:
     padding = -length % CHUNK
 
@@ -42,160 +59,139 @@ def gated_delta_rule(q, k, v, g, beta, initial_state):
       x = x.reshape(*x.shape[:2], -1, CHUNK, *x.shape[3:])
       return jnp.moveaxis(x, 2, 0)
 
-    def step(state, inputs):
-      o, state = _chunk(*inputs, state)
-      return state, o
-
-    state, o = jax.lax.scan(step, initial_state, [cut(x) for x in heads_first])
+    state, o = jax.lax.scan(chunk, initial_state, list(map(cut, heads_first)))
     o = jnp.moveaxis(o, 0, 2)
     o = o.reshape(*o.shape[:2], -1, o.shape[-1])[:, :, :length]
   return jnp.moveaxis(o, 1, 2).astype(v.dtype), state
 
 
-def _inverse(lower):
-  """(I + lower)^-1 for strictly lower triangular `lower` [..., C, C].
-
-  Forward substitution, a row a step: exact where power doubling overflows
-  (repeated keys with beta near 1).
-  """
-  size = lower.shape[-1]
-  lower = lower.reshape(-1, size, size)
-  identity = jnp.eye(size, dtype=lower.dtype)
-
-  def row(i, inverse):
-    coefficients = jax.lax.dynamic_index_in_dim(lower, i, 1, keepdims=False)
-    new = identity[i][None] - jnp.einsum("NC,NCD->ND", coefficients, inverse)
-    return jax.lax.dynamic_update_index_in_dim(inverse, new, i, 1)
-
-  start = jnp.broadcast_to(identity[None], lower.shape)
-  return jax.lax.fori_loop(1, size, row, start)
-
-
-def _intermediates(q, k, v, g, beta, state):
-  """What forward and backward share, for one chunk [B, H, C, *]."""
+def _chunk(q, k, v, g, beta, state, delta):
+  """(S', o) of a chunk: q, k [B,H,C,K], v [B,H,C,V], beta [B,H,C]."""
   size = q.shape[2]
-  total = jnp.cumsum(g, axis=-1)
+  per_channel = g.ndim == 4
+  total = jnp.cumsum(g, axis=2)
+  products = _products_per_channel if per_channel else _products_per_head
+  keys_keys, queries_keys = products(q, k, total)
+  if not per_channel:
+    total = total[..., None]
+  since_start, until_end = jnp.exp(total), jnp.exp(total[:, :, -1:] - total)
+  beta = beta[..., None]
+  if delta:
+    keys_state, queries_state = jnp.split(
+      jnp.concatenate([since_start * k, since_start * q], axis=2) @ state,
+      2,
+      axis=2,
+    )
+    strict = jnp.tril(jnp.ones((size, size), bool), -1)[None, None]
+    lower = jnp.where(strict, beta * keys_keys, 0.0)
+    corrected = _solve(lower, beta * (v - keys_state))
+  else:
+    queries_state = (since_start * q) @ state
+    corrected = beta * v
+  o = queries_state + queries_keys @ corrected
+  written = jnp.einsum("BHCK,BHCV->BHKV", until_end * k, corrected)
+  # [B,H,K or 1,1]: the whole chunk's decay, for the rows of S.
+  decay = jnp.swapaxes(since_start[:, :, -1:], -1, -2)
+  return decay * state + written, o
+
+
+def _products_per_head(q, k, total):
+  """(A, P) [B,H,C,C], zero above the diagonal; total [B,H,C]."""
+  size = q.shape[2]
   causal = jnp.tril(jnp.ones((size, size), bool))[None, None]
   # Masked before exp: above the diagonal the difference may be large.
   difference = total[..., :, None] - total[..., None, :]
   decay = jnp.where(causal, jnp.exp(jnp.where(causal, difference, 0.0)), 0.0)
-  stacked = jnp.concatenate([k, q], axis=2)
-  keys_keys, queries_keys = jnp.split(
-    jnp.einsum("BHCK,BHDK->BHCD", stacked, k), 2, axis=2
-  )
-  keys_state, queries_state = jnp.split(
-    jnp.einsum("BHCK,BHKV->BHCV", stacked, state), 2, axis=2
-  )
-  strict = causal & ~jnp.eye(size, dtype=bool)[None, None]
-  lower = jnp.where(strict, beta[..., None] * decay * keys_keys, 0.0)
-  inverse = _inverse(lower).reshape(lower.shape)
-  gamma = jnp.exp(total)[..., None]
-  residual = v - gamma * keys_state
-  corrected = jnp.einsum("BHCD,BHDV->BHCV", inverse, beta[..., None] * residual)
-  to_end = jnp.exp(total[..., -1:] - total)[..., None]
-  return dict(
-    decay=decay,
-    strict=strict,
-    keys_keys=keys_keys,
-    queries_keys=queries_keys,
-    keys_state=keys_state,
-    queries_state=queries_state,
-    inverse=inverse,
-    gamma=gamma,
-    residual=residual,
-    corrected=corrected,
-    to_end=to_end,
-  )
+  both = jnp.concatenate([k, q], axis=2) @ jnp.swapaxes(k, -1, -2)
+  keys_keys, queries_keys = jnp.split(both, 2, axis=2)
+  return decay * keys_keys, decay * queries_keys
+
+
+def _products_per_channel(q, k, total):
+  """(A, P) [B,H,C,C], zero above the diagonal; total [B,H,C,K].
+
+  exp(G_i - G_j) does not factor into exp(G_i) exp(-G_j) under strong decay:
+  the second overflows. For the keys before a block of rows it factors through
+  the total R at the block's start, exp(G_i - R) exp(R - G_j), where neither
+  exponent is positive; within the block it is taken pair by pair.
+  """
+  size = q.shape[2]
+  rows = []
+  for start in range(0, size, REFERENCED):
+    block = slice(start, min(start + REFERENCED, size))
+    here = total[:, :, block]
+    count = here.shape[2]
+    both = jnp.stack([k[:, :, block], q[:, :, block]], axis=2)
+    causal = jnp.tril(jnp.ones((count, count), bool))[None, None, :, :, None]
+    difference = here[:, :, :, None] - here[:, :, None]
+    decay = jnp.where(causal, jnp.exp(jnp.where(causal, difference, 0.0)), 0.0)
+    row = [jnp.einsum("BHPIK,BHIJK,BHJK->BHPIJ", both, decay, k[:, :, block])]
+    if start:
+      reference = total[:, :, start - 1 : start]
+      earlier = k[:, :, :start] * jnp.exp(reference - total[:, :, :start])
+      later = both * jnp.exp(here - reference)[:, :, None]
+      row.insert(0, jnp.einsum("BHPIK,BHJK->BHPIJ", later, earlier))
+    row = jnp.concatenate(row, axis=-1)
+    rows.append(jnp.pad(row, [(0, 0)] * 4 + [(0, size - block.stop)]))
+  products = jnp.concatenate(rows, axis=3)
+  return products[:, :, 0], products[:, :, 1]
 
 
 @jax.custom_vjp
-def _chunk(q, k, v, g, beta, state):
-  """One chunk: q, k [B,H,C,K], v [B,H,C,V], g, beta [B,H,C], S [B,H,K,V]."""
-  m = _intermediates(q, k, v, g, beta, state)
-  attention = m["decay"] * m["queries_keys"]
-  o = m["gamma"] * m["queries_state"] + jnp.einsum(
-    "BHCD,BHDV->BHCV", attention, m["corrected"]
-  )
-  state = m["gamma"][:, :, -1:] * state + jnp.einsum(
-    "BHCK,BHCV->BHKV", m["to_end"] * k, m["corrected"]
-  )
-  return o, state
+def _solve(lower, x):
+  """(I + lower)^-1 x for strictly lower triangular `lower` [..., C, C]."""
+  return _inverse(lower) @ x
 
 
-def _chunk_forward(*inputs):
-  return _chunk(*inputs), inputs
+def _solve_forward(lower, x):
+  inverse = _inverse(lower)
+  solution = inverse @ x
+  return solution, (inverse, solution)
 
 
-def _chunk_backward(inputs, cotangents):
-  q, k, v, g, beta, state = inputs
-  d_o, d_state = cotangents
-  m = _intermediates(q, k, v, g, beta, state)
-  beta = beta[..., None]
-  attention = m["decay"] * m["queries_keys"]
-  keys_to_end = m["to_end"] * k
-  d_corrected = jnp.einsum("BHCD,BHCV->BHDV", attention, d_o) + jnp.einsum(
-    "BHCK,BHKV->BHCV", keys_to_end, d_state
-  )
-  d_scaled = jnp.einsum("BHCD,BHCV->BHDV", m["inverse"], d_corrected)
-  # Two products with E^T in one: rows of d_o and of dX.
-  d_attention, d_lower = jnp.split(
-    jnp.einsum(
-      "BHCV,BHDV->BHCD",
-      jnp.concatenate([d_o, -d_scaled], axis=2),
-      m["corrected"],
-    ),
-    2,
-    axis=2,
-  )
-  d_lower = jnp.where(m["strict"], d_lower, 0.0)
-  d_queries_keys = d_attention * m["decay"]
-  d_keys_keys = d_lower * beta * m["decay"]
-  d_difference = (
-    d_queries_keys * m["queries_keys"] + d_keys_keys * m["keys_keys"]
-  )
-  d_residual = beta * d_scaled
-  d_keys_state = -m["gamma"] * d_residual
-  d_queries_state = m["gamma"] * d_o
-  d_keys_to_end = jnp.einsum("BHCV,BHKV->BHCK", m["corrected"], d_state)
-  d_stacked = jnp.einsum(
-    "BHCV,BHKV->BHCK",
-    jnp.concatenate([d_keys_state, d_queries_state], axis=2),
-    state,
-  ) + jnp.einsum(
-    "BHCD,BHDK->BHCK",
-    jnp.concatenate(
-      [d_keys_keys + jnp.swapaxes(d_keys_keys, -1, -2), d_queries_keys], axis=2
-    ),
-    k,
-  )
-  d_k, d_q = jnp.split(d_stacked, 2, axis=2)
-  d_k = (
-    d_k
-    + jnp.einsum("BHCD,BHCK->BHDK", d_queries_keys, q)
-    + m["to_end"] * d_keys_to_end
-  )
-  end = m["gamma"][:, :, -1:]
-  d_start = end * d_state + jnp.einsum(
-    "BHCK,BHCV->BHKV",
-    jnp.concatenate([k, q], axis=2),
-    jnp.concatenate([d_keys_state, d_queries_state], axis=2),
-  )
-  d_beta = jnp.sum(d_scaled * m["residual"], -1) + jnp.sum(
-    d_lower * m["decay"] * m["keys_keys"], -1
-  )
-  # Every place where the running total G stands in an exponent.
-  d_to_end = jnp.sum(d_keys_to_end * keys_to_end, -1)
-  d_total = (
-    jnp.sum(d_queries_state * m["queries_state"], -1)
-    + jnp.sum(d_keys_state * m["keys_state"], -1)
-    + jnp.sum(d_difference, -1)
-    - jnp.sum(d_difference, -2)
-    - d_to_end
-  )
-  d_end = jnp.sum(d_to_end, -1) + jnp.sum(end * state * d_state, (-1, -2))
-  d_total = d_total.at[..., -1].add(d_end)
-  d_g = jnp.flip(jnp.cumsum(jnp.flip(d_total, -1), -1), -1)
-  return d_q, d_k, d_residual, d_g, d_beta, d_start
+def _solve_backward(residuals, cotangent):
+  inverse, solution = residuals
+  d_x = jnp.swapaxes(inverse, -1, -2) @ cotangent
+  return -d_x @ jnp.swapaxes(solution, -1, -2), d_x
 
 
-_chunk.defvjp(_chunk_forward, _chunk_backward)
+_solve.defvjp(_solve_forward, _solve_backward)
+
+
+def _inverse(lower):
+  """(I + lower)^-1 by substitution in blocks and products between them.
+
+  Exact where power doubling overflows (repeated keys with beta near 1): the
+  entries of the inverse stay near 1 while powers of `lower` do not.
+  """
+  size = lower.shape[-1]
+  if size <= SUBSTITUTED:
+    return _substitute(lower)
+  half = -(-size // 2)
+  first = _inverse(lower[..., :half, :half])
+  second = _inverse(lower[..., half:, half:])
+  corner = -second @ lower[..., half:, :half] @ first
+  above = jnp.zeros((*lower.shape[:-2], half, size - half), lower.dtype)
+  return jnp.concatenate(
+    [
+      jnp.concatenate([first, above], axis=-1),
+      jnp.concatenate([corner, second], axis=-1),
+    ],
+    axis=-2,
+  )
+
+
+def _substitute(lower):
+  """(I + lower)^-1 by forward substitution, a row a step."""
+  size = lower.shape[-1]
+  rows = lower.reshape(-1, size, size)
+  identity = jnp.eye(size, dtype=lower.dtype)
+
+  def row(i, inverse):
+    coefficients = jax.lax.dynamic_index_in_dim(rows, i, 1, keepdims=False)
+    new = identity[i][None] - jnp.einsum("NC,NCD->ND", coefficients, inverse)
+    return jax.lax.dynamic_update_index_in_dim(inverse, new, i, 1)
+
+  # As varied over a shard_map's mesh as the rows are.
+  start = identity[None] + jnp.zeros_like(rows)
+  return jax.lax.fori_loop(1, size, row, start).reshape(lower.shape)

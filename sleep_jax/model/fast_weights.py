@@ -1,13 +1,15 @@
-"""Fast weights: the Gated DeltaNet layer, whose state S survives eviction."""
+"""Fast weights: the layer whose state S survives eviction."""
+
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_delta.api import gated_delta_rule
 from sleep_jax.array_types import FastWeights, Hidden, Mask
 from sleep_jax.config import ModelConfig
 from sleep_jax.model import layers
+from sleep_jax.model.update_rules import UPDATE_RULES
 
 # Of the l2 norm of q and k, and of the gated norm of the output (fla's
 # layer defaults; these are not the model's norm_eps).
@@ -58,7 +60,9 @@ class GatedDeltaNet(nn.Module):
   """Gated DeltaNet: short convolutions, delta rule, gated norm.
 
   S <- a S (I - b k k^T) + b v k^T with a, b, k, v computed from x (paper,
-  section 3). A padded place writes nothing and decays nothing.
+  section 3), or another of the `UPDATE_RULES` in the same layer; what a rule
+  has no use for has no parameters. A padded place writes nothing and decays
+  nothing.
   """
 
   config: ModelConfig
@@ -91,17 +95,13 @@ class GatedDeltaNet(nn.Module):
     )
     q, k = l2_normalise(q), l2_normalise(k)
     beta = jax.nn.sigmoid(layers.dense(config, heads, "b_proj")(x))
-    decay_rate = self.param("A_log", init_decay_rate, (heads,), parameters)
-    time_bias = self.param("dt_bias", init_time_step, (heads,), parameters)
-    time_step = layers.dense(config, heads, "a_proj")(x).astype(parameters)
-    g = -jnp.exp(decay_rate)[None, None] * jax.nn.softplus(
-      time_step + time_bias[None, None]
-    )
-    o, state = gated_delta_rule(
+    rule = UPDATE_RULES[config.update_rule]
+    g = self._log_decay(x, rule.decay)
+    o, state = rule(
       q,
       k,
       v,
-      layers.clear_padding(g, valid),
+      layers.clear_padding(g.reshape(*x.shape[:2], -1), valid).reshape(g.shape),
       layers.clear_padding(beta.astype(parameters), valid),
       state,
     )
@@ -114,3 +114,21 @@ class GatedDeltaNet(nn.Module):
     )(o)
     o = o.reshape(gate.shape) * jax.nn.silu(gate)
     return layers.dense(config, config.width, "o_proj")(o), state
+
+  def _log_decay(self, x: Hidden, kind: str):
+    """g = -exp(A_log) softplus(a_proj x + dt_bias), as an `UpdateRule` asks."""
+    config = self.config
+    heads, batch_and_length = config.fast_weight_heads, x.shape[:2]
+    _, parameters = layers.dtypes(config)
+    if kind == "none":
+      return jnp.zeros((*batch_and_length, heads), parameters)
+    channels = (config.key_dim,) if kind == "channel" else ()
+    features = (heads, *channels)
+    decay_rate = self.param("A_log", init_decay_rate, (heads,), parameters)
+    time_bias = self.param("dt_bias", init_time_step, features, parameters)
+    time_step = jnp.zeros((*batch_and_length, *features), parameters)
+    if kind != "fixed":
+      projected = layers.dense(config, math.prod(features), "a_proj")(x)
+      time_step = projected.reshape(time_step.shape).astype(parameters)
+    rate = jnp.exp(decay_rate).reshape(1, 1, heads, *(1 for _ in channels))
+    return -rate * jax.nn.softplus(time_step + time_bias[None, None])

@@ -1,0 +1,80 @@
+"""The local rules by which fast weights learn, in one registry.
+
+To try one of your own, write its token recurrence and register it:
+
+  UPDATE_RULES["mine"] = UpdateRule(update, decay="head")
+
+and train with `--config.model.update_rule=mine` from a script that has imported
+it. Without a chunkwise form it runs one token after the other.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from pallas_kernels.gated_delta import api, chunked_xla, reference
+
+DECAYS = ("head", "channel", "fixed", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateRule:
+  """A rule, its decay, and if there is one its chunkwise form.
+
+  Attributes:
+    update: (S, k, v, g, beta) -> S for one token, as in
+      `reference.scan_tokens`.
+    decay: what g is made from: "head", a number for each head and token;
+      "channel", one for each key channel too; "fixed", a number for each head
+      that no token changes; "none", g = 0.
+    chunkwise: (q, k, v, g, beta, S) -> (o, S), or None.
+  """
+
+  update: Callable
+  decay: str = "head"
+  chunkwise: Callable | None = None
+
+  def __post_init__(self):
+    if self.decay not in DECAYS:
+      raise ValueError(f"decay = {self.decay!r}: one of {DECAYS}")
+
+  def __call__(self, q, k, v, g, beta, initial_state):
+    """Returns (o, final_state); arguments as `api.gated_delta_rule`'s."""
+    if self.chunkwise is not None:
+      return self.chunkwise(q, k, v, g, beta, initial_state)
+    return reference.scan_tokens(self.update, q, k, v, g, beta, initial_state)
+
+
+def _delta(state, k, v, g, beta):
+  """S <- S + beta k (v - S^T k)^T: nothing is forgotten but by correction."""
+  return reference.gated_delta(state, k, v, jnp.zeros_like(g), beta)
+
+
+def _delta_chunkwise(q, k, v, g, beta, initial_state):
+  return api.gated_delta_rule(q, k, v, jnp.zeros_like(g), beta, initial_state)
+
+
+_hebbian_chunkwise = functools.partial(chunked_xla.chunked_rule, delta=False)
+
+UPDATE_RULES = {
+  # Paper, equation (3); the recurrence of Mamba2.
+  "hebbian": UpdateRule(reference.hebbian, chunkwise=_hebbian_chunkwise),
+  # The same with a decay that no token changes.
+  "fixed_decay": UpdateRule(
+    reference.hebbian, decay="fixed", chunkwise=_hebbian_chunkwise
+  ),
+  # DeltaNet.
+  "delta": UpdateRule(_delta, decay="none", chunkwise=_delta_chunkwise),
+  # Gated DeltaNet: the paper's experiments.
+  "gated_delta": UpdateRule(
+    reference.gated_delta, chunkwise=api.gated_delta_rule
+  ),
+  # Kimi Delta Attention: a decay for each key channel.
+  "kda": UpdateRule(
+    reference.gated_delta,
+    decay="channel",
+    chunkwise=functools.partial(chunked_xla.chunked_rule, delta=True),
+  ),
+}
