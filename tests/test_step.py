@@ -79,6 +79,7 @@ def test_a_batch_in_parts_is_one_batch():
   for parts in (1, 3):
     config = dataclasses.replace(
       CONFIG,
+      data=dataclasses.replace(CONFIG.data, batch_size=6),
       optimizer=dataclasses.replace(CONFIG.optimizer, accumulation_steps=parts),
     )
     optimizer = optimizers.optimizer(config.optimizer, 100)
