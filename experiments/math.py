@@ -5,7 +5,7 @@
 Sizes, as in `--config=experiments/math.py:tiny`:
   pocket (default): 2 CPU cores, under 15 minutes.
   tiny: under a minute, for tests; learns nothing much.
-  evening: 45 minutes on 2 cores, as deep as it goes.
+  evening: 40 minutes on 2 cores, as deep as it goes.
   ouro_1_4b, jet_nemotron_2b: the paper's models; not yet.
 """
 
