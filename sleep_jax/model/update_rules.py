@@ -1,11 +1,11 @@
 """The local rules by which fast weights learn, in one registry.
 
-To try one of your own, write its token recurrence and register it:
+To try one of your own, write its token recurrence, register it in the file that
+`--config` names, and train with `--config.model.update_rule=mine`:
 
   UPDATE_RULES["mine"] = UpdateRule(update, decay="head")
 
-and train with `--config.model.update_rule=mine` from a script that has imported
-it. Without a chunkwise form it runs one token after the other.
+Without a chunkwise form it runs one token after the other.
 """
 
 import dataclasses
@@ -41,7 +41,8 @@ class UpdateRule:
       raise ValueError(f"decay = {self.decay!r}: one of {DECAYS}")
 
   def __call__(self, q, k, v, g, beta, initial_state):
-    """Returns (o, final_state); arguments as `api.gated_delta_rule`'s."""
+    """Returns (o, final_state) as `api.gated_delta_rule`, g as `decay` says."""
+    q, k = api.check_and_group(q, k, v, g, beta, initial_state)
     if self.chunkwise is not None:
       return self.chunkwise(q, k, v, g, beta, initial_state)
     return reference.scan_tokens(self.update, q, k, v, g, beta, initial_state)
