@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gated_delta import api
+from pallas_kernels.gated_delta import api, benchmark, shapes
 from sleep_jax.model.update_rules import UPDATE_RULES, UpdateRule
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "shared" / "goldens"
@@ -214,7 +214,7 @@ def test_heads_may_share_queries_and_keys(groups):
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
-from pallas_kernels.gated_delta import api
+from pallas_kernels.gated_delta import api, benchmark, shapes
 from tests.test_gated_delta import as_arrays, inputs
 mesh = jax.make_mesh(
   (4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
@@ -313,3 +313,13 @@ def test_an_unknown_implementation_is_named():
     api.gated_delta_rule(
       *as_arrays(inputs(4), jnp.float32), implementation="fast"
     )
+
+
+def test_the_benchmark_times_every_implementation():
+  rows = benchmark.benchmark(shapes.Shape(1, 5, 2, 4, 6), rounds=2)
+  both = ("forward", "forward + backward")
+  assert {(row[0], row[1]) for row in rows} >= {
+    (name, what) for name in api.IMPLEMENTATIONS for what in both
+  }
+  for _, _, median, least, error in rows:
+    assert 0 < least <= median and error < 1e-5

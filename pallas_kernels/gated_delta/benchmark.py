@@ -11,6 +11,7 @@ the error is the largest in o and S against "reference" in the same precision.
 
 import argparse
 import functools
+import importlib
 import statistics
 import time
 from collections.abc import Callable
@@ -46,11 +47,13 @@ def ours(name: str, arrays: list[np.ndarray]) -> dict[str, Callable]:
 def torch_peer(arrays: list[np.ndarray]) -> dict[str, Callable] | None:
   """The same for transformers' chunked function; None if it is not there."""
   try:
-    import torch
-    from transformers.models.qwen3_next import modeling_qwen3_next
+    torch = importlib.import_module("torch")
+    peer = importlib.import_module(
+      "transformers.models.qwen3_next.modeling_qwen3_next"
+    )
   except ImportError:
     return None
-  rule = modeling_qwen3_next.torch_chunk_gated_delta_rule
+  rule = peer.torch_chunk_gated_delta_rule
   rule = getattr(rule, "__wrapped__", rule)  # without a hub kernel's dispatch
 
   def run(q, k, v, g, beta, state):

@@ -47,7 +47,7 @@ def chunked_rule(q, k, v, g, beta, initial_state, *, delta: bool):
     jnp.moveaxis(x.astype(dtype), 2, 1) for x in (q * scale, k, v, g, beta)
   ]
   chunk = jax.checkpoint(
-    lambda state, inputs: _chunk(*inputs, state, delta), prevent_cse=False
+    lambda state, inputs: _chunk(state, inputs, delta), prevent_cse=False
   )
   if length <= MAX_SINGLE_CHUNK:
     state, o = chunk(initial_state, heads_first)
@@ -65,8 +65,9 @@ def chunked_rule(q, k, v, g, beta, initial_state, *, delta: bool):
   return jnp.moveaxis(o, 1, 2).astype(v.dtype), state
 
 
-def _chunk(q, k, v, g, beta, state, delta):
-  """(S', o) of a chunk: q, k [B,H,C,K], v [B,H,C,V], beta [B,H,C]."""
+def _chunk(state, inputs, delta):
+  """(S', o) of a chunk: q, k [B,H,C,K], v [B,H,C,V], g, beta [B,H,C]."""
+  q, k, v, g, beta = inputs
   size = q.shape[2]
   per_channel = g.ndim == 4
   total = jnp.cumsum(g, axis=2)
