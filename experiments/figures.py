@@ -159,9 +159,7 @@ def main() -> None:
   parser.add_argument("--out", required=True, help="folder that gets the PNGs")
   arguments = parser.parse_args()
   workdirs = [Path(workdir) for workdir in arguments.workdirs.split(",")]
-  labels = arguments.workdirs.split(",")
-  if arguments.labels:
-    labels = arguments.labels.split(",")
+  labels = (arguments.labels or arguments.workdirs).split(",")
   if len(labels) != len(workdirs):
     parser.error(f"{len(workdirs)} --workdirs but {len(labels)} --labels")
   metrics: dict[str, list[Path]] = {}

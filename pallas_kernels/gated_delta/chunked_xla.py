@@ -18,6 +18,8 @@ rest; with dX = (I + L)^-T dE, dL = -dX E^T below the diagonal, so that the
 inverse itself is never differentiated.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -32,7 +34,7 @@ REFERENCED = 16
 
 
 def chunked_rule(q, k, v, g, beta, initial_state, *, delta: bool):
-  """Returns (o, final_state) of a rule; see `api` and `rules`.
+  """Returns (o, final_state) of a rule; see `api`.
 
   Args:
     q, k, v, beta, initial_state: as in `api.gated_delta_rule`.
@@ -47,7 +49,7 @@ def chunked_rule(q, k, v, g, beta, initial_state, *, delta: bool):
     jnp.moveaxis(x.astype(dtype), 2, 1) for x in (q * scale, k, v, g, beta)
   ]
   chunk = jax.checkpoint(
-    lambda state, inputs: _chunk(state, inputs, delta), prevent_cse=False
+    functools.partial(_chunk, delta=delta), prevent_cse=False
   )
   if length <= MAX_SINGLE_CHUNK:
     state, o = chunk(initial_state, heads_first)
@@ -98,14 +100,19 @@ def _chunk(state, inputs, delta):
 
 def _products_per_head(q, k, total):
   """(A, P) [B,H,C,C], zero above the diagonal; total [B,H,C]."""
-  size = q.shape[2]
-  causal = jnp.tril(jnp.ones((size, size), bool))[None, None]
-  # Masked before exp: above the diagonal the difference may be large.
-  difference = total[..., :, None] - total[..., None, :]
-  decay = jnp.where(causal, jnp.exp(jnp.where(causal, difference, 0.0)), 0.0)
+  decay = _pairwise_decay(total[..., None])[..., 0]
   both = jnp.concatenate([k, q], axis=2) @ jnp.swapaxes(k, -1, -2)
   keys_keys, queries_keys = jnp.split(both, 2, axis=2)
   return decay * keys_keys, decay * queries_keys
+
+
+def _pairwise_decay(total):
+  """exp(G_i - G_j) for i >= j, else 0: [B,H,C,K] -> [B,H,C,C,K]."""
+  size = total.shape[2]
+  causal = jnp.tril(jnp.ones((size, size), bool))[None, None, :, :, None]
+  # Masked before exp: above the diagonal the difference may be large.
+  difference = total[:, :, :, None] - total[:, :, None]
+  return jnp.where(causal, jnp.exp(jnp.where(causal, difference, 0.0)), 0.0)
 
 
 def _products_per_channel(q, k, total):
@@ -121,11 +128,8 @@ def _products_per_channel(q, k, total):
   for start in range(0, size, REFERENCED):
     block = slice(start, min(start + REFERENCED, size))
     here = total[:, :, block]
-    count = here.shape[2]
+    decay = _pairwise_decay(here)
     both = jnp.stack([k[:, :, block], q[:, :, block]], axis=2)
-    causal = jnp.tril(jnp.ones((count, count), bool))[None, None, :, :, None]
-    difference = here[:, :, :, None] - here[:, :, None]
-    decay = jnp.where(causal, jnp.exp(jnp.where(causal, difference, 0.0)), 0.0)
     row = [jnp.einsum("BHPIK,BHIJK,BHJK->BHPIJ", both, decay, k[:, :, block])]
     if start:
       reference = total[:, :, start - 1 : start]

@@ -102,8 +102,8 @@ class FileTokenizer:
     """Reads the file; needs `pip install 'sleep_jax[hf]'`.
 
     Raises:
-      ValueError: the file is missing or not a tokenizer.json.
-      ValueError: the package `tokenizers` is not installed.
+      ValueError: the file is missing or not a tokenizer.json, or the package
+        `tokenizers` is not installed.
     """
     try:
       import tokenizers

@@ -101,7 +101,7 @@ class GatedDeltaNet(nn.Module):
       q,
       k,
       v,
-      layers.clear_padding(g.reshape(*x.shape[:2], -1), valid).reshape(g.shape),
+      layers.clear_padding(g, valid),
       layers.clear_padding(beta.astype(parameters), valid),
       state,
     )

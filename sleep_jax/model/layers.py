@@ -113,6 +113,7 @@ class SwiGLU(nn.Module):
     )
 
 
-def clear_padding(x: Hidden, valid: Mask) -> Hidden:
-  """x with zeros in the places that are padding."""
-  return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
+def clear_padding(x, valid: Mask):
+  """x [B, T, ...] with zeros in the places that are padding."""
+  valid = jnp.expand_dims(valid, tuple(range(2, x.ndim)))
+  return jnp.where(valid, x, jnp.zeros((), x.dtype))

@@ -120,10 +120,10 @@ class Checkpoints:
         logging.warning("%s was never finished: passed over", folder)
         continue
       try:
-        params = _read(folder / "params", params_like)
-        train = _read(folder / "train", train_like)
+        params, _ = _read(folder / "params", params_like)
+        train, metadata = _read(folder / "train", train_like)
         grain.checkpoint.CheckpointHandler().restore(folder / "data", iterator)
-        if _metadata(folder / "train")["position"] != _position(iterator):
+        if metadata["position"] != _position(iterator):
           raise ValueError("its data position is corrupt")
       except Exception as error:  # whatever the libraries raise on bad bytes
         reasons.append(f"step {step}: {_first_line(error)}")
@@ -189,10 +189,7 @@ class Checkpoints:
 def is_started(workdir: str | os.PathLike) -> bool:
   """Whether the workdir holds a finished step, to resume from."""
   folder = epath.Path(workdir).absolute() / "checkpoints"
-  return any(
-    (folder / str(step) / _COMMIT_FILE).exists()
-    for step in _step_folders(folder)
-  )
+  return bool(_finished_steps(folder))
 
 
 def restore_params(path: str | os.PathLike, params_like: PyTree) -> PyTree:
@@ -209,7 +206,7 @@ def restore_params(path: str | os.PathLike, params_like: PyTree) -> PyTree:
   """
   folder = _params_folder(epath.Path(path).absolute())
   try:
-    return _read(folder, params_like)
+    return _read(folder, params_like)[0]
   except Exception as error:  # whatever the libraries raise on bad bytes
     raise ValueError(
       f"parameters in {folder} cannot be used: {_first_line(error)}"
@@ -246,21 +243,18 @@ def _save_arguments(tree: PyTree, **metadata: Any) -> ocp.args.StandardSave:
   )
 
 
-def _metadata(folder: epath.Path) -> dict[str, Any]:
-  metadata = ocp.StandardCheckpointHandler().metadata(folder).custom_metadata
-  if metadata is None:
-    raise ValueError("its checksums are missing")
-  return metadata
-
-
 def _position(iterator: grain.DatasetIterator) -> str:
   """A digest of where the iterator stands: the format keeps no checksum."""
   state = json.dumps(iterator.get_state(), sort_keys=True, default=repr)
   return hashlib.sha256(state.encode()).hexdigest()
 
 
-def _read(folder: epath.Path, like: PyTree) -> PyTree:
-  """Arrays shaped as `like`; ValueError when they are others or corrupt."""
+def _read(folder: epath.Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+  """(arrays shaped as `like`, what `_save_arguments` added to them).
+
+  Raises:
+    ValueError: the arrays are others, or corrupt.
+  """
   handler = ocp.StandardCheckpointHandler()
   metadata = handler.metadata(folder)
   like_by_name = _by_name(like)
@@ -270,12 +264,14 @@ def _read(folder: epath.Path, like: PyTree) -> PyTree:
     folder,
     args=ocp.args.StandardRestore(jax.tree.map(_with_sharding, like_by_name)),
   )
-  saved = _metadata(folder)["checksums"]
+  saved = metadata.custom_metadata
+  if saved is None:
+    raise ValueError("its checksums are missing")
   for name, checksum in _checksums(arrays).items():
-    if checksum != saved[name]:
+    if checksum != saved["checksums"][name]:
       raise ValueError(f"{name} is corrupt: its checksum is not the saved one")
   leaves = [arrays[name] for name in like_by_name]
-  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+  return jax.tree.unflatten(jax.tree.structure(like), leaves), saved
 
 
 def _by_name(tree: PyTree) -> dict[str, Any]:
@@ -349,9 +345,8 @@ def _params_folder(path: epath.Path) -> epath.Path:
       raise ValueError(f"{path} was never finished: choose another step")
     return path / "params"
   for folder in (path / "checkpoints", path):
-    for step in reversed(_step_folders(folder)):
-      if (folder / str(step) / _COMMIT_FILE).exists():
-        return folder / str(step) / "params"
+    if finished := _finished_steps(folder):
+      return folder / str(finished[-1]) / "params"
   raise ValueError(
     f"{path} holds no parameters: give a workdir with a finished step, its"
     " checkpoints folder, a step's folder or an exported one"
@@ -362,6 +357,14 @@ def _step_folders(folder: epath.Path) -> list[int]:
   if not folder.is_dir():
     return []
   return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+
+
+def _finished_steps(folder: epath.Path) -> list[int]:
+  return [
+    step
+    for step in _step_folders(folder)
+    if (folder / str(step) / _COMMIT_FILE).exists()
+  ]
 
 
 def _first_line(error: Exception) -> str:
