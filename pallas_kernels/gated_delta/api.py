@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from pallas_kernels.gated_delta import chunked_xla, reference
+from pallas_kernels.gated_delta import chunked_xla, pallas_tpu, reference
 
 IMPLEMENTATIONS = {
   "reference": reference.gated_delta_rule,
   "chunked_xla": functools.partial(chunked_xla.chunked_rule, delta=True),
+  "pallas_tpu": pallas_tpu.gated_delta_rule,
 }
 
 
