@@ -171,7 +171,7 @@ def _forward(scale, interpret, only_states, q, k, v, total, beta, state):
   parts = 1 if q.dtype == jnp.bfloat16 else 2
   return plgpu.kernel(
     functools.partial(
-      _forward_kernel, _Tiles(interpret is not None), scale, only_states
+      _forward_kernel, interpret is not None, scale, only_states
     ),
     out_type=outputs,
     scratch_types=dict(
@@ -179,26 +179,27 @@ def _forward(scale, interpret, only_states, q, k, v, total, beta, state):
       key=_operand(parts),
       value=_tile(v.dtype),
       stage=_tile(jnp.float32),
-      state=(_tile(jnp.float32),) * (key_dim // TILE),
+      state=_tile(jnp.float32, key_dim // TILE),
       state_parts=_operand(2),
       target=_operand(2),
       inverse=_operand(2),
       work=_operand(2),
       scores=_operand(parts),
       written=_operand(parts),
+      index=_vector(jnp.int32),
       since_start=_vector(),
       strength=_vector(),
-      barrier=plgpu.Barrier(num_barriers=2 * parts + 3),
+      barrier=plgpu.Barrier(num_barriers=2 * parts + 4),
     ),
     grid=(value_dim // TILE, heads, batch),
     grid_names=("tile", "head", "row"),
     kernel_name="gated_delta_forward",
     interpret=interpret,
-  )(_split(q), _split(k), v, total, beta, state)
+  )(_split(q), _split(k), v, total, beta, jnp.arange(TILE), state)
 
 
 def _forward_kernel(
-  tiles,
+  interpreted,
   scale,
   only_states,
   q,
@@ -206,6 +207,7 @@ def _forward_kernel(
   v,
   total,
   beta,
+  indices,
   start,
   *outputs,
   query,
@@ -219,19 +221,22 @@ def _forward_kernel(
   work,
   scores,
   written,
+  index,
   since_start,
   strength,
   barrier,
 ):
   """A walk over the chunks; the arguments after `outputs` are scratch."""
+  tiles = _Tiles(interpreted, index)
   row, head, columns = _program()
   query, key, state_parts, target, inverse, work, scores, written = map(
     _Operand,
     (query, key, state_parts, target, inverse, work, scores, written),
   )
+  _load(barrier, (indices, index))
   _load(
     barrier,
-    *((start.at[row, head, _block(i), columns], x) for i, x in enumerate(state)),
+    *((start.at[row, head, _block(i), columns], x) for i, x in enumerate(tiles.blocks(state))),
   )
 
   @pl.loop(0, total.shape[2])
@@ -239,8 +244,8 @@ def _forward_kernel(
     tokens = _block(chunk)
     if only_states:
       (states,) = outputs
-      for i, block in enumerate(state):
-        at = _block(chunk * len(state) + i)
+      for i, block in enumerate(tiles.blocks(state)):
+        at = _block(chunk * state.shape[0] + i)
         _copy_out(block, states.at[row, head, at, columns])
     _load(
       barrier,
@@ -248,45 +253,47 @@ def _forward_kernel(
       (beta.at[row, head, chunk], strength),
       (v.at[row, tokens, head, columns], value),
     )
-    keys_keys = keys_state = queries_keys = queries_state = 0.0
-    for i, block in enumerate(state):
+    keys_keys = keys_state = 0.0
+    for i, block in enumerate(tiles.blocks(state)):
+      _load(barrier, *_parts_of(k, row, tokens, head, i, key))
+      tiles.write(state_parts, block[...])
+      keys_keys += tiles.product((key, key.T))
+      keys_state += tiles.product((key, state_parts))
+    decay = tiles.decay(since_start, strength)
+    stage[...] = tiles.strictly_lower(decay.pairwise * keys_keys)
+    error = value[...].astype(jnp.float32) - decay.since_start * keys_state
+    tiles.write(target, decay.beta * error)
+    tiles.invert(stage, strength, inverse, work)
+    corrected = tiles.product((inverse, target))
+
+    decay = tiles.decay(since_start, strength)
+    tiles.write(written, corrected)
+    tiles.write(target, decay.until_end * corrected)
+    queries_keys = queries_state = 0.0
+    for i, block in enumerate(tiles.blocks(state)):
       _load(
         barrier,
         *_parts_of(k, row, tokens, head, i, key),
         *(() if only_states else _parts_of(q, row, tokens, head, i, query)),
       )
-      _write(state_parts, block[...])
-      keys_keys += tiles.product((key, key.T))
-      keys_state += tiles.product((key, state_parts))
       if not only_states:
+        tiles.write(state_parts, block[...])
         queries_keys += tiles.product((query, key.T))
         queries_state += tiles.product((query, state_parts))
-
-    decay = tiles.decay(since_start, strength)
-    stage[...] = tiles.strictly_lower(decay.pairwise * keys_keys)
+      block[...] = decay.whole * block[...] + tiles.product((key.T, target))
     if not only_states:
-      _write(scores, scale * decay.pairwise * queries_keys)
-    error = value[...].astype(jnp.float32) - decay.since_start * keys_state
-    _write(target, decay.beta * error)
-    tiles.invert(stage, strength, inverse, work)
-    corrected = tiles.product((inverse, target))
-    decay = tiles.decay(since_start, strength)
-    if not only_states:
-      _write(written, corrected)
       o, _ = outputs
+      decay = tiles.decay(since_start, strength)
+      tiles.write(scores, scale * decay.pairwise * queries_keys)
       value[...] = (
         scale * decay.since_start * queries_state
         + tiles.product((scores, written))
       ).astype(value.dtype)
       _copy_out(value, o.at[row, tokens, head, columns])
-    _write(written, decay.until_end * corrected)
-    for i, block in enumerate(state):
-      _load(barrier, *_parts_of(k, row, tokens, head, i, key))
-      block[...] = decay.whole * block[...] + tiles.product((key.T, written))
 
   if not only_states:
     _, final = outputs
-    for i, block in enumerate(state):
+    for i, block in enumerate(tiles.blocks(state)):
       _copy_out(block, final.at[row, head, _block(i), columns])
 
 
@@ -316,7 +323,7 @@ def _backward(
   )
   parts = 1 if q.dtype == jnp.bfloat16 else 2
   return plgpu.kernel(
-    functools.partial(_backward_kernel, _Tiles(interpret is not None), scale),
+    functools.partial(_backward_kernel, interpret is not None, scale),
     out_type=[
       per_key,
       per_key,
@@ -332,33 +339,36 @@ def _backward(
       value=_tile(v.dtype),
       d_out=_operand(parts),
       stage=_tile(jnp.float32),
-      d_state=(_tile(jnp.float32),) * (key_dim // TILE),
+      d_state=_tile(jnp.float32, key_dim // TILE),
       state_parts=_operand(2),
       inverse=_operand(2),
       work=_operand(2),
       scores=_operand(parts),
-      gram=_operand(parts),
+      gram=_operand(2),
       written=_operand(parts),
+      index=_vector(jnp.int32),
       since_start=_vector(),
       strength=_vector(),
       vector=_vector(),
-      barrier=plgpu.Barrier(num_barriers=2 * parts + 3),
+      barrier=plgpu.Barrier(num_barriers=2 * parts + 4),
     ),
     grid=(count, heads, batch),
     grid_names=("tile", "head", "row"),
     kernel_name="gated_delta_backward",
     interpret=interpret,
-  )(_split(q), _split(k), v, total, beta, states, _split(d_o), d_final)
+  )(
+    _split(q), _split(k), v, total, beta, jnp.arange(TILE), states, _split(d_o), d_final)
 
 
 def _backward_kernel(
-  tiles,
+  interpreted,
   scale,
   q,
   k,
   v,
   total,
   beta,
+  indices,
   states,
   d_o,
   d_final,
@@ -382,6 +392,7 @@ def _backward_kernel(
   scores,
   gram,
   written,
+  index,
   since_start,
   strength,
   vector,
@@ -401,6 +412,7 @@ def _backward_kernel(
   G enters as exp(G_i) with every q_i and k_i and exp(-G_i) with k_i's other
   uses, so that dG_i = q_i.dQ_i - k_i.dK_i + 2 sum_j dL_ij L_ij + 2 dKS_i.(KS)_i.
   """
+  tiles = _Tiles(interpreted, index)
   row, head, columns = _program()
   tile = lax.axis_index("tile")
   query, key, d_out, state_parts, inverse, work, scores, gram, written = map(
@@ -417,12 +429,13 @@ def _backward_kernel(
       written,
     ),
   )
-  blocks = len(d_state)
+  blocks = d_state.shape[0]
+  _load(barrier, (indices, index))
   _load(
     barrier,
     *(
       (d_final.at[row, head, _block(i), columns], x)
-      for i, x in enumerate(d_state)
+      for i, x in enumerate(tiles.blocks(d_state))
     ),
   )
 
@@ -441,56 +454,60 @@ def _backward_kernel(
       (v.at[row, tokens, head, columns], value),
       *_parts_of(d_o, row, tokens, head, tile, d_out),
     )
-    keys_keys = keys_state = queries_keys = 0.0
+    keys_keys = keys_state = 0.0
     for i in range(blocks):
+      _load(
+        barrier, *_parts_of(k, row, tokens, head, i, key), start_state(i)
+      )
+      tiles.write(state_parts, stage[...])
+      keys_keys += tiles.product((key, key.T))
+      keys_state += tiles.product((key, state_parts))
+    tiles.write(gram, keys_state)
+    decay = tiles.decay(since_start, strength)
+    stage[...] = tiles.strictly_lower(decay.pairwise * keys_keys)
+    tiles.invert(stage, strength, inverse, work)
+    decay = tiles.decay(since_start, strength)
+    error = value[...].astype(jnp.float32) - decay.since_start * tiles.read(gram)
+    tiles.write(work, decay.beta * error)
+    tiles.write(written, tiles.product((inverse, work)))
+
+    queries_keys = d_kept = 0.0
+    for i, block in enumerate(tiles.blocks(d_state)):
       _load(
         barrier,
         *_parts_of(k, row, tokens, head, i, key),
         *_parts_of(q, row, tokens, head, i, query),
-        start_state(i),
       )
-      _write(state_parts, stage[...])
-      keys_keys += tiles.product((key, key.T))
-      keys_state += tiles.product((key, state_parts))
+      tiles.write(state_parts, block[...])
       queries_keys += tiles.product((query, key.T))
-
+      d_kept += tiles.product((key, state_parts))
     decay = tiles.decay(since_start, strength)
-    _write(scores, scale * decay.pairwise * queries_keys)
-    stage[...] = tiles.strictly_lower(decay.pairwise * keys_keys)
-    tiles.invert(stage, strength, inverse, work)
-
-    decay = tiles.decay(since_start, strength)
-    error = value[...].astype(jnp.float32) - decay.since_start * keys_state
-    _write(work, decay.beta * error)
-    _write(written, tiles.product((inverse, work)))
-
-    d_written = tiles.product((scores.T, d_out))
-    for i, block in enumerate(d_state):
-      _load(barrier, *_parts_of(k, row, tokens, head, i, key))
-      _write(state_parts, block[...])
-      d_written += decay.until_end * tiles.product((key, state_parts))
-    _write(work, d_written)
+    tiles.write(scores, scale * decay.pairwise * queries_keys)
+    tiles.write(
+      work, tiles.product((scores.T, d_out)) + decay.until_end * d_kept
+    )
     d_x = tiles.product((inverse.T, work))
+    keys_state = tiles.read(gram)
     error = value[...].astype(jnp.float32) - decay.since_start * keys_state
     d_strength = jnp.sum(d_x * error, axis=1)
-    d_keys_state = -decay.beta * decay.since_start * d_x
-    d_decay = 2 * jnp.sum(d_keys_state * keys_state, axis=1)
+    through_state = -decay.beta * decay.since_start
+    d_decay = 2 * jnp.sum(through_state * d_x * keys_state, axis=1)
     value[...] = (decay.beta * d_x).astype(value.dtype)
     _copy_out(value, d_v.at[row, tokens, head, columns])
 
-    _write(work, d_x)
-    decay = tiles.decay(since_start, strength)
+    tiles.write(work, d_x)
     d_lower = -tiles.strictly_lower(tiles.product((work, written.T)))
-    d_strength += jnp.sum(d_lower * stage[...], axis=1)
-    vector[...] = d_strength
+    of_lower = d_lower * stage[...]
+    d_decay += 2 * jnp.sum(decay.beta * of_lower, axis=1)
+    vector[...] = d_strength + jnp.sum(of_lower, axis=1)
     _copy_out(vector, d_beta.at[row, head, chunk, _block(tile)])
-    d_decay += 2 * jnp.sum(d_lower * decay.beta * stage[...], axis=1)
-    _write(gram, decay.beta * decay.pairwise * d_lower)
-    _write(scores, scale * decay.pairwise * tiles.product((d_out, written.T)))
-    _write(work, d_keys_state)
-    _write(d_out, scale * decay.since_start * _read(d_out))
+    decay = tiles.decay(since_start, strength)
+    tiles.write(gram, decay.beta * decay.pairwise * d_lower)
+    tiles.write(scores, scale * decay.pairwise * tiles.product((d_out, written.T)))
+    tiles.write(work, through_state * tiles.read(work))
+    tiles.write(d_out, scale * decay.since_start * tiles.read(d_out))
     d_whole = 0.0
-    for i, block in enumerate(d_state):
+    for i, block in enumerate(tiles.blocks(d_state)):
       _load(
         barrier,
         *_parts_of(k, row, tokens, head, i, key),
@@ -498,20 +515,20 @@ def _backward_kernel(
         start_state(i),
       )
       here = _block(tile * blocks + i)
-      _write(state_parts, stage[...])
+      tiles.write(state_parts, stage[...])
       d_whole += decay.whole * jnp.sum(stage[...] * block[...], axis=1)
       d_query = tiles.product((scores, key), (d_out, state_parts.T))
-      d_decay += jnp.sum(_read(query) * d_query, axis=1)
+      d_decay += jnp.sum(tiles.read(query) * d_query, axis=1)
       stage[...] = d_query
       _copy_out(stage, d_q.at[row, tokens, head, here])
       d_key = tiles.product(
         (scores.T, query), (gram, key), (gram.T, key), (work, state_parts.T)
       )
-      _write(state_parts, block[...])
+      tiles.write(state_parts, block[...])
       d_kept = decay.until_end * tiles.product((written, state_parts.T))
-      d_whole += jnp.sum(_read(key) * d_kept, axis=1)
+      d_whole += jnp.sum(tiles.read(key) * d_kept, axis=1)
       d_key += d_kept
-      d_decay -= jnp.sum(_read(key) * d_key, axis=1)
+      d_decay -= jnp.sum(tiles.read(key) * d_key, axis=1)
       stage[...] = d_key
       _copy_out(stage, d_k.at[row, tokens, head, here])
       block[...] = decay.whole * block[...] + tiles.product(
@@ -521,14 +538,14 @@ def _backward_kernel(
       vector[...] = x
       _copy_out(vector, where.at[row, head, chunk, _block(tile)])
 
-  for i, block in enumerate(d_state):
+  for i, block in enumerate(tiles.blocks(d_state)):
     _copy_out(block, d_start.at[row, head, _block(i), columns])
 
 
 class _Operand(NamedTuple):
   """A matrix of a product: the sum of bfloat16 tiles in shared memory."""
 
-  parts: tuple
+  parts: jax.Ref  # [parts, 64, 64]
   transposed: bool = False
 
   @property
@@ -555,35 +572,63 @@ class _Tiles:
   """
 
   interpreted: bool
+  # 0, 1, ... 63 in shared memory: indices computed from a thread's number do
+  # not change in a loop, and the compiler keeps them all in registers.
+  index: jax.Ref
 
   def product(self, *pairs):
     """The sum of A B over pairs of operands [64, 64], in float32."""
     terms = [
-      (a._replace(parts=x), b._replace(parts=y))
+      ((a, i), (b, j))
       for a, b in pairs
-      for i, x in enumerate(a.parts)
-      for j, y in enumerate(b.parts)
+      for i in range(a.parts.shape[0])
+      for j in range(b.parts.shape[0])
       if i + j < 2  # the product of two low parts is below float32's precision
     ]
     if self.interpreted:
+
+      def value(operand, part):
+        x = operand.parts[part]
+        return x.T if operand.transposed else x
+
       return sum(
-        jnp.dot(
-          *(x.parts[...].T if x.transposed else x.parts[...] for x in term),
-          preferred_element_type=jnp.float32,
-        )
-        for term in terms
+        jnp.dot(value(*x), value(*y), preferred_element_type=jnp.float32)
+        for x, y in terms
       )
 
-    def view(x):
-      return plgpu.transpose_ref(x.parts, (1, 0)) if x.transposed else x.parts
+    def view(operand, part):
+      ref = operand.parts.at[self.index[part]]
+      return plgpu.transpose_ref(ref, (1, 0)) if operand.transposed else ref
 
     def accumulate(accumulator):
-      for a, b in terms:
-        plgpu.wgmma(accumulator, view(a), view(b))
+      for x, y in terms:
+        plgpu.wgmma(accumulator, view(*x), view(*y))
       plgpu.wgmma_wait(0)
       return accumulator[...]
 
     return pl.run_scoped(accumulate, plgpu.ACC((TILE, TILE), jnp.float32))
+
+  def write(self, operand, x):
+    """Stores a float32 tile [64, 64] as the sum of the operand's parts."""
+    *first, last = self.blocks(operand.parts)
+    for part in first:
+      part[...] = x.astype(jnp.bfloat16)
+      # Read back: a compiler may drop a pair of conversions in registers.
+      x = x - part[...].astype(jnp.float32)
+    last[...] = x.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+
+  def read(self, operand):
+    """The float32 tile of an operand."""
+    return sum(x[...].astype(jnp.float32) for x in self.blocks(operand.parts))
+
+  def blocks(self, tiles):
+    """The tiles of a reference [n, 64, 64], at places read from memory.
+
+    Were they known to the compiler, it would keep the addresses of all tiles in
+    registers throughout, and spill.
+    """
+    return [tiles.at[self.index[i]] for i in range(tiles.shape[0])]
 
   def decay(self, total, beta):
     """The _Decay of vectors G and beta [C] in shared memory."""
@@ -616,20 +661,19 @@ class _Tiles:
     # i ^ j < 2 b where i and j share a block of 2 b rows.
     apart = row ^ column
     result = jnp.where(apart == 0, 1.0, jnp.where(apart < 2, -beta * similar[...], 0.0))
-    _write(inverse, result)
+    self.write(inverse, result)
     size = 2
     while size < TILE:
       added = (apart >= size) & (apart < 2 * size)
-      _write(work, jnp.where(added, beta * similar[...], 0.0))
-      _write(work, self.product((work, inverse)))
+      self.write(work, jnp.where(added, beta * similar[...], 0.0))
+      self.write(work, self.product((work, inverse)))
       result -= self.product((inverse, work))
-      _write(inverse, result)
+      self.write(inverse, result)
       size *= 2
 
   def _index(self, axis):
     """i (axis 0) or j (axis 1) of every element [64, 64]."""
-    index = lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis)
-    return self._laid_out(index, plgpu.Layout.WGMMA)
+    return self._spread(self._vector(self.index, axis), axis)
 
   def _vector(self, ref, axis):
     """A vector in shared memory as one element for each index of `axis`."""
@@ -644,12 +688,12 @@ class _Tiles:
     return x if self.interpreted else plgpu.layout_cast(x, layout)
 
 
-def _tile(dtype):
-  """A [64, 64] tile of shared memory, swizzled for the tensor cores."""
+def _tile(dtype, *leading):
+  """Tiles [*leading, 64, 64] of shared memory, swizzled for the tensor cores."""
   bytes_of_row = 128
   tiling = (8, bytes_of_row // jnp.dtype(dtype).itemsize)
   return plgpu.SMEM(
-    (TILE, TILE),
+    (*leading, TILE, TILE),
     dtype,
     transforms=(
       plgpu.TilingTransform(tiling),
@@ -659,11 +703,11 @@ def _tile(dtype):
 
 
 def _operand(parts):
-  return (_tile(jnp.bfloat16),) * parts
+  return _tile(jnp.bfloat16, parts)
 
 
-def _vector():
-  return plgpu.SMEM((TILE,), jnp.float32)
+def _vector(dtype=jnp.float32):
+  return plgpu.SMEM((TILE,), dtype)
 
 
 def _program():
@@ -687,10 +731,14 @@ def _split(x):
 
 def _parts_of(array, row, tokens, head, block, operand):
   """Copies that load a block of 64 columns of a `_split` array [B,T,H,*]."""
-  blocks = array.shape[-1] // TILE // len(operand.parts)
+  parts = operand.parts.shape[0]
+  blocks = array.shape[-1] // TILE // parts
   return [
-    (array.at[row, tokens, head, _block(part * blocks + block)], ref)
-    for part, ref in enumerate(operand.parts)
+    (
+      array.at[row, tokens, head, _block(part * blocks + block)],
+      operand.parts.at[part],
+    )
+    for part in range(parts)
   ]
 
 
@@ -708,19 +756,3 @@ def _copy_out(source, target):
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(source, target)
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _write(operand, x):
-  """Stores a float32 tile [64, 64] as the sum of the operand's parts."""
-  *first, last = operand.parts
-  for part in first:
-    part[...] = x.astype(part.dtype)
-    # Read back: a compiler may drop a pair of conversions in registers.
-    x = x - part[...].astype(jnp.float32)
-  last[...] = x.astype(last.dtype)
-  plgpu.commit_smem()
-
-
-def _read(operand):
-  """The float32 tile of an operand."""
-  return sum(part[...].astype(jnp.float32) for part in operand.parts)

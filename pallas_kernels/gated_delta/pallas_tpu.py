@@ -6,22 +6,28 @@ those of `chunked_xla`.
 
 Matrix units multiply tiles of 128 or 256 rows, a window of 24 tokens fills few
 of them. So the heads of a row are packed: the C tokens of m heads become the
-m C rows of one tile, with keys [m C, m K] that are zero outside their own
+M = m C rows of one tile, with keys [M, m K] that are zero outside their own
 head's lanes. Their Gram matrix is then block-diagonal of itself, one product
 with the stacked states [m K, V] serves all m heads, and the layout [B, T, H K]
 in which projections write needs no transpose. Long chunks have m = 1.
 
+A step of the grid works on several tiles, phase by phase, so that one tile's
+products hide the latency of another's; between phases values lie in VMEM, not
+in registers.
+
 The backward kernel walks over the chunks twice: forward to rebuild the start
-states of all of them in VMEM, then backward. HBM sees inputs, outputs and the
-start state alone.
+state, the inverse and the corrected values of each, which stay in VMEM, then
+backward. HBM sees inputs, outputs and the start state alone.
 
 Products of bfloat16 inputs take one pass of the matrix unit with float32
 accumulation. Whatever passes through the inverse or the state is split into two
-bfloat16 parts (three passes, 16 bits); float32 inputs take full precision.
+bfloat16 parts (two or three passes, 16 bits); float32 inputs take full
+precision throughout.
 """
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +41,7 @@ SUBSTITUTED = 32
 # Rows of `gates`: the running total of g, beta, the chunk's whole total; a
 # tile of float32 has 8.
 GATES = 8
+LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,24 +73,34 @@ class Layout:
   def tile(self):
     return self.packed * self.chunk
 
+  @property
+  def groups(self):
+    """Tiles of a batch row of a block."""
+    return self.heads // self.packed
+
+  @property
+  def dtype(self):
+    """Of operands of the matrix unit."""
+    return jnp.float32 if self.exact else jnp.bfloat16
+
   def pack(self, x):
     """[C, m K] -> [m C, m K], zero outside a head's own lanes."""
     if self.packed == 1:
       return x
     x = jnp.concatenate([x.astype(jnp.float32)] * self.packed, axis=0)
-    own = self._head(x.shape, 0, self.chunk) == self._head(
-      x.shape, 1, self.key_dim
-    )
-    return jnp.where(own, x, 0.0)
+    row, lane = _iotas(x.shape)
+    for i in range(1, self.packed):
+      other = (row >= i * self.chunk) != (lane >= i * self.key_dim)
+      x = jnp.where(other, 0.0, x)
+    return x
 
   def unpack(self, x):
     """[m C, m K] -> [C, m K]: of each head its own lanes."""
-    if self.packed == 1:
-      return x
-    lane = self._head((self.chunk, x.shape[1]), 1, self.key_dim)
     out = x[: self.chunk]
+    _, lane = _iotas(out.shape)
     for i in range(1, self.packed):
-      out = jnp.where(lane == i, x[i * self.chunk : (i + 1) * self.chunk], out)
+      rows = x[i * self.chunk : (i + 1) * self.chunk]
+      out = jnp.where(lane >= i * self.key_dim, rows, out)
     return out
 
   def stack(self, x):
@@ -105,222 +122,309 @@ class Layout:
     )
 
   def causal(self):
-    """Which token of a tile [m C, m C] sees which: its head's past and self."""
-    shape = (self.tile, self.tile)
-    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    same = self._head(shape, 0, self.chunk) == self._head(shape, 1, self.chunk)
-    return same & (row >= column), same & (row > column)
+    """Which token of a tile [M, M] sees which: its head's past and itself."""
+    row, column = _iotas((self.tile, self.tile))
+    head = _start(row, self.chunk)
+    return (row >= column) & (column >= head)
 
-  def _head(self, shape, axis, size):
-    return _block(jax.lax.broadcasted_iota(jnp.int32, shape, axis), size, shape)
+  def strict(self, x):
+    """x [M, M] below the diagonal; x is zero between heads already."""
+    row, column = _iotas(x.shape)
+    return jnp.where(row > column, x, 0.0)
+
+  def decayed(self, gates, x):
+    """exp(G_C) of each head times its rows of x [m K, V]."""
+    return jnp.concatenate(
+      [
+        jnp.exp(gates[2:3, i * self.chunk : i * self.chunk + 1])
+        * x[i * self.key_dim : (i + 1) * self.key_dim]
+        for i in range(self.packed)
+      ],
+      axis=0,
+    )
+
+  def parts(self, x, count):
+    """x as a sum of bfloat16 arrays, or as it is where products are exact."""
+    if self.exact:
+      return (x.astype(jnp.float32),)
+    high = x.astype(jnp.bfloat16)
+    if count == 1 or x.dtype == jnp.bfloat16:
+      return (high,)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def _block(index, size, shape):
-  """index // size, by comparisons: vector units do not divide."""
-  return sum(
-    (
-      (index >= start).astype(jnp.int32)
-      for start in range(size, max(shape), size)
-    ),
-    jnp.zeros_like(index),
-  )
+def _iotas(shape):
+  return [jax.lax.broadcasted_iota(jnp.int32, shape, i) for i in (0, 1)]
 
 
-def _parts(layout, x, count):
-  """x as a sum of bfloat16 arrays, or as it is where products are exact."""
-  if layout.exact:
-    return (x.astype(jnp.float32),)
-  high = x.astype(jnp.bfloat16)
-  if count == 1 or x.dtype == jnp.bfloat16:
-    return (high,)
-  return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+def _start(index, size):
+  """index // size * size, by comparisons: vector units do not divide."""
+  start = jnp.zeros_like(index)
+  for i in range(size, max(index.shape), size):
+    start = jnp.where(index >= i, i, start)
+  return start
 
 
 def _dot(xs, ys, contract=(1, 0)):
-  """Product of two sums of parts in float32, without low times low."""
+  """Product of two sums of parts in float32, without low times low.
+
+  A part of ys is loaded into the matrix unit once, for all parts of xs.
+  """
   dimensions = (((contract[0],), (contract[1],)), ((), ()))
   exact = xs[0].dtype == jnp.float32
   precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
-  products = [
-    jax.lax.dot_general(
-      x, y, dimensions, precision, preferred_element_type=jnp.float32
+  products = []
+  for j, y in enumerate(ys):
+    used = xs[: max(len(xs), len(ys)) - j]
+    both = jax.lax.dot_general(
+      jnp.concatenate(used, axis=1 - contract[0]),
+      y,
+      dimensions,
+      precision,
+      preferred_element_type=jnp.float32,
     )
-    for i, x in enumerate(xs)
-    for j, y in enumerate(ys)
-    if i + j < max(len(xs), len(ys))
-  ]
+    products += jnp.split(both, len(used), axis=0)
   return functools.reduce(jnp.add, reversed(products))
 
 
-def _inverse(layout, lower):
-  """(I + lower)^-1 [m C, m C] of strictly lower triangular blocks.
+class _Scratch(NamedTuple):
+  """What a step keeps of its tiles between phases, in VMEM, by tile.
+
+  P = parts of an operand: 2 of bfloat16, or 1 of float32.
+  """
+
+  keys: Any  # K above Q, operands [2 M, m K]
+  columns: Any  # G, beta, G_C by token, in all of 128 lanes [3, M, LANES]
+  decay: Any  # D [M, M]
+  similarity: Any  # D * K K^T below the diagonal [M, M]
+  attention: Any  # P = c D * Q K^T, operand [M, M]
+  inverse: Any  # T [P, M, M]
+  corrected: Any  # E [P, M, V]
+  read: Any  # Q S [M, V]
+
+  @classmethod
+  def shapes(cls, layout, chunks=None):
+    """The arrays to allocate; of `chunks`, what the backward walk keeps."""
+    tiles, tile = layout.rows * layout.groups, layout.tile
+    parts = 1 if layout.exact else 2
+
+    def array(*shape, dtype=jnp.float32, kept=()):
+      return pltpu.VMEM((*kept, tiles, *shape), dtype)
+
+    operands = functools.partial(
+      array, parts, tile, dtype=layout.dtype, kept=(chunks,) if chunks else ()
+    )
+
+    return cls(
+      keys=array(2 * tile, layout.packed * layout.key_dim, dtype=layout.dtype),
+      columns=array(3, tile, LANES),
+      decay=array(tile, tile),
+      similarity=array(tile, tile),
+      attention=array(tile, tile, dtype=layout.dtype),
+      inverse=operands(tile),
+      corrected=operands(layout.value_dim),
+      read=array(tile, layout.value_dim),
+    )
+
+  def column(self, t, i, width):
+    """Gate i of a tile's tokens, [M, width]."""
+    whole = self.columns[t, i]
+    copies = [whole] * pl.cdiv(width, LANES)
+    return jnp.concatenate(copies, axis=1)[:, :width]
+
+
+def _store_parts(layout, ref, x):
+  for i, part in enumerate(layout.parts(x, 2)):
+    ref[i] = part
+
+
+def _load_parts(ref):
+  return tuple(ref[i] for i in range(ref.shape[0]))
+
+
+class _Tile(NamedTuple):
+  """A tile's number, batch row, group of heads, and lanes in the block."""
+
+  number: int
+  row: int
+  group: int
+  keys: slice
+  values: slice
+
+
+def _tiles(layout):
+  key, value = (
+    layout.packed * dim for dim in (layout.key_dim, layout.value_dim)
+  )
+  return [
+    _Tile(
+      row * layout.groups + i,
+      row,
+      i,
+      slice(i * key, (i + 1) * key),
+      slice(i * value, (i + 1) * value),
+    )
+    for row in range(layout.rows)
+    for i in range(layout.groups)
+  ]
+
+
+def _load(layout, ref, tile, lanes, at):
+  """A tile's tokens [C, *]; those beyond T, which hold anything, are zeros."""
+  x = ref[tile.row, :, lanes]
+  if layout.length % layout.chunk == 0:
+    return x
+  row, _ = _iotas(x.shape)
+  return jnp.where(row < layout.length - at * layout.chunk, x, 0)
+
+
+def _compare(layout, scratch, tile, q_ref, k_ref, gates_ref, at):
+  """Phase 1: keys with keys and with queries, decayed."""
+  t = tile.number
+  q, k = (
+    layout.pack(_load(layout, ref, tile, tile.keys, at)).astype(layout.dtype)
+    for ref in (q_ref, k_ref)
+  )
+  keys = jnp.concatenate([k, q], axis=0)
+  scratch.keys[t] = keys
+  gates = gates_ref[tile.row, 0, tile.group]
+  columns = gates.T
+  for i in range(3):
+    scratch.columns[t, i] = jnp.broadcast_to(
+      columns[:, i : i + 1], (layout.tile, LANES)
+    )
+  # Masked before exp: elsewhere the difference may be large.
+  decay = jnp.exp(
+    jnp.where(layout.causal(), scratch.column(t, 0, layout.tile) - gates[:1], -jnp.inf)
+  )
+  scratch.decay[t] = decay
+  products = _dot((keys,), (k,), (1, 1))
+  scratch.similarity[t] = layout.strict(decay * products[: layout.tile])
+  scratch.attention[t] = (
+    layout.key_dim**-0.5 * decay * products[layout.tile :]
+  ).astype(layout.dtype)
+
+
+def _invert(layout, scratch, tiles):
+  """Phase 2: T = (I + L)^-1 of L = diag(beta) similarity.
 
   Substitution in blocks of b rows, all of them side by side in the lanes of
-  one [b, m C] array; then X <- X - X L_b X joins neighbours until a block is a
+  one [b, M] array; then X <- X - X L_b X joins neighbours until a block is a
   head's chunk.
   """
   tile, chunk = layout.tile, layout.chunk
   size = next(b for b in range(SUBSTITUTED, 0, -8) if chunk % b == 0)
-  lane = jax.lax.broadcasted_iota(jnp.int32, (size, tile), 1)
-  block = _block(lane, size, (tile,))
-  diagonal = lower[:size]
-  for i in range(1, tile // size):
-    diagonal = jnp.where(
-      block == i, lower[i * size : (i + 1) * size], diagonal
+  # In strips of 8 rows, one row of registers: strips above row j are done.
+  row, lane = _iotas((8, tile))
+  first = _start(lane, size)
+  strips = range(0, size, 8)
+  diagonals, inverses = [], []
+  for t in tiles:
+    beta, similarity = scratch.column(t.number, 1, tile), scratch.similarity[t.number]
+    lower = beta * similarity
+    diagonals.append(
+      [
+        functools.reduce(
+          lambda x, i: jnp.where(lane >= i, lower[i + at : i + at + 8], x),
+          range(0, tile, size),
+          jnp.zeros((8, tile), jnp.float32),
+        )
+        for at in strips
+      ]
     )
-  first = block * size
-  row = jax.lax.broadcasted_iota(jnp.int32, (size, tile), 0)
-  inverse = (row == lane - first).astype(jnp.float32)
+    inverses.append(
+      [(row + at == lane - first).astype(jnp.float32) for at in strips]
+    )
   for j in range(size - 1):
-    column = jnp.take_along_axis(
-      diagonal, first + j, axis=1, mode="promise_in_bounds"
+    for diagonal, inverse in zip(diagonals, inverses, strict=True):
+      above = inverse[j // 8][j % 8 : j % 8 + 1]
+      for i in range((j + 1) // 8, len(strips)):
+        column = jnp.take_along_axis(
+          diagonal[i], first + j, axis=1, mode="promise_in_bounds"
+        )
+        inverse[i] = inverse[i] - column * above
+  row, column = _iotas((tile, tile))
+  same = _start(row, size) == _start(column, size)
+  for t, inverse in zip(tiles, inverses, strict=True):
+    inverse = jnp.concatenate(inverse * (tile // size), axis=0)
+    _store_parts(
+      layout, scratch.inverse.at[t.number], jnp.where(same, inverse, 0.0)
     )
-    inverse = inverse - column * inverse[j : j + 1]
-  if size == tile:
-    return inverse
-  shape = (tile, tile)
-  row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-  column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-  same = _block(row, size, shape) == _block(column, size, shape)
-  inverse = jnp.concatenate([inverse] * (tile // size), axis=0)
-  inverse = jnp.where(same, inverse, 0.0)
   while size < chunk:
     size *= 2
-    # `lower` has no entries between heads; a chunk that is no power of two
-    # times b lets blocks begin anew with each head.
-    local = [x - layout.chunk * _block(x, chunk, shape) for x in (row, column)]
-    joined = _block(local[0], size, shape) == _block(local[1], size, shape)
-    between = jnp.where(joined & ~same, lower, 0.0)
-    same = joined
-    split = _parts(layout, inverse, 2)
-    step = _dot(split, _parts(layout, between, 2))
-    inverse = inverse - _dot(_parts(layout, step, 2), split)
-  return inverse
+    # Blocks begin anew with each head.
+    local = [x - _start(x, chunk) for x in (row, column)]
+    joined = _start(local[0], size) == _start(local[1], size)
+    between, same = joined & ~same, joined
+    for t in tiles:
+      split = _load_parts(scratch.inverse.at[t.number])
+      lower = scratch.column(t.number, 1, tile) * scratch.similarity[t.number]
+      lower = layout.parts(jnp.where(between, lower, 0.0), 2)
+      step = layout.parts(_dot(lower, split), 2)
+      inverse = sum(x.astype(jnp.float32) for x in split) - _dot(split, step)
+      _store_parts(layout, scratch.inverse.at[t.number], inverse)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Chunk:
-  """What both directions need of a tile: gates, products, corrected values."""
-
-  beta: jax.Array  # [M, 1]
-  since_start: jax.Array  # gamma [M, 1]
-  until_end: jax.Array  # delta [M, 1]
-  decay: jax.Array  # D [M, M]
-  keys_keys: jax.Array  # K K^T [M, M]
-  lower: jax.Array  # L [M, M]
-  attention: jax.Array  # P = c D * Q K^T [M, M]
-  queries_state: jax.Array  # Q S [M, V]
-  inverse: jax.Array  # T [M, M]
-  error: jax.Array  # V - gamma * K S [M, V]
-  corrected: jax.Array  # E [M, V]
-
-
-def _correct(layout, q, k, v, gates, state):
-  tile = layout.tile
-  columns = gates.T
-  total, beta, end = (columns[:, i : i + 1] for i in range(3))
-  causal, strict = layout.causal()
-  # Masked before exp: elsewhere the difference may be large.
-  decay = jnp.exp(jnp.where(causal, total - gates[:1], -jnp.inf))
-  queries_keys = jnp.concatenate([k, q], axis=0)
-  products = _dot((queries_keys,), (k,), (1, 1))
-  keys_keys, attention = products[:tile], products[tile:]
-  lower = jnp.where(strict, beta * decay * keys_keys, 0.0)
-  inverse = _inverse(layout, lower)
-  from_state = _dot((queries_keys,), _parts(layout, state, 2))
-  since_start = jnp.exp(total)
-  error = v - since_start * from_state[:tile]
-  corrected = _dot(
-    _parts(layout, inverse, 2), _parts(layout, beta * error, 2)
-  )
-  return _Chunk(
-    beta=beta,
-    since_start=since_start,
-    until_end=jnp.exp(end - total),
-    decay=decay,
-    keys_keys=keys_keys,
-    lower=lower,
-    attention=layout.key_dim**-0.5 * decay * attention,
-    queries_state=from_state[tile:],
-    inverse=inverse,
-    error=error,
-    corrected=corrected,
+def _correct(layout, scratch, tile, v_ref, state, at, reading):
+  """Phase 3: E = T X of X = beta * (V - gamma * K S); with `reading`, Q S."""
+  t = tile.number
+  keys = scratch.keys[t] if reading else scratch.keys[t, : layout.tile]
+  from_state = _dot((keys,), layout.parts(state, 2))
+  if reading:
+    scratch.read[t] = from_state[layout.tile :]
+  v = layout.stack(_load(layout, v_ref, tile, tile.values, at))
+  since_start = jnp.exp(scratch.column(t, 0, layout.value_dim))
+  error = v - since_start * from_state[: layout.tile]
+  x = scratch.column(t, 1, layout.value_dim) * error
+  _store_parts(
+    layout,
+    scratch.corrected.at[t],
+    _dot(_load_parts(scratch.inverse.at[t]), layout.parts(x, 2)),
   )
 
 
-def _whole_decay(layout, gates, x):
-  """exp(G_C) of each head times its rows of x [m K, V]."""
-  return jnp.concatenate(
-    [
-      jnp.exp(gates[2:3, i * layout.chunk : i * layout.chunk + 1])
-      * x[i * layout.key_dim : (i + 1) * layout.key_dim]
-      for i in range(layout.packed)
-    ],
-    axis=0,
-  )
-
-
-def _next_state(layout, k, gates, chunk, state):
+def _write(layout, scratch, tile, gates_ref, state):
   """S' = exp(G_C) S + (delta * K)^T E."""
+  t = tile.number
+  total, end = (scratch.column(t, i, layout.value_dim) for i in (0, 2))
+  corrected = sum(
+    x.astype(jnp.float32) for x in _load_parts(scratch.corrected.at[t])
+  )
   written = _dot(
-    (k,), _parts(layout, chunk.until_end * chunk.corrected, 2), (0, 0)
+    (scratch.keys[t, : layout.tile],),
+    layout.parts(jnp.exp(end - total) * corrected, 2),
+    (0, 0),
   )
-  return _whole_decay(layout, gates, state) + written
-
-
-def _tiles(layout):
-  """(row, tile, slice of key lanes, of value lanes, of state rows) of each."""
-  key, value = (
-    layout.packed * dim for dim in (layout.key_dim, layout.value_dim)
-  )
-  for row in range(layout.rows):
-    for i in range(layout.heads // layout.packed):
-      keys = slice(i * key, (i + 1) * key)
-      yield row, i, keys, slice(i * value, (i + 1) * value)
-
-
-def _clear(layout, x, chunk):
-  """x [C, *] with zeros in the rows beyond T, which hold anything."""
-  if layout.length % layout.chunk == 0:
-    return x
-  row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-  return jnp.where(row < layout.length - chunk * layout.chunk, x, 0)
-
-
-def _load(layout, q_ref, k_ref, v_ref, gates_ref, row, tile, keys, values, at):
-  dtype = jnp.float32 if layout.exact else jnp.bfloat16
-  q, k = (
-    layout.pack(_clear(layout, ref[row, :, keys], at)).astype(dtype)
-    for ref in (q_ref, k_ref)
-  )
-  v = layout.stack(_clear(layout, v_ref[row, :, values], at))
-  return q, k, v, gates_ref[row, 0, tile]
+  return layout.decayed(gates_ref[tile.row, 0, tile.group], state) + written
 
 
 def _forward_kernel(
-  q_ref, k_ref, v_ref, gates_ref, start_ref, o_ref, state_ref, *, layout
+  q_ref, k_ref, v_ref, gates_ref, start_ref, o_ref, state_ref, *scratch, layout
 ):
+  scratch = _Scratch(*scratch)
   at = pl.program_id(2)
+  tiles = _tiles(layout)
 
   @pl.when(at == 0)
   def _():
     state_ref[...] = start_ref[...]
 
-  for row, tile, keys, values in _tiles(layout):
-    q, k, v, gates = _load(
-      layout, q_ref, k_ref, v_ref, gates_ref, row, tile, keys, values, at
+  for tile in tiles:
+    _compare(layout, scratch, tile, q_ref, k_ref, gates_ref, at)
+  _invert(layout, scratch, tiles)
+  for tile in tiles:
+    state = state_ref[tile.row, tile.keys]
+    _correct(layout, scratch, tile, v_ref, state, at, reading=True)
+  for tile in tiles:
+    t = tile.number
+    since_start = jnp.exp(scratch.column(t, 0, layout.value_dim))
+    o = layout.key_dim**-0.5 * since_start * scratch.read[t]
+    o += _dot((scratch.attention[t],), (scratch.corrected[t, 0],))
+    o_ref[tile.row, :, tile.values] = layout.unstack(o).astype(o_ref.dtype)
+    state = state_ref[tile.row, tile.keys]
+    state_ref[tile.row, tile.keys] = _write(
+      layout, scratch, tile, gates_ref, state
     )
-    state = state_ref[row, keys]
-    chunk = _correct(layout, q, k, v, gates, state)
-    scale = layout.key_dim**-0.5
-    o = scale * chunk.since_start * chunk.queries_state + _dot(
-      _parts(layout, chunk.attention, 1), _parts(layout, chunk.corrected, 1)
-    )
-    o_ref[row, :, values] = layout.unstack(o).astype(o_ref.dtype)
-    state_ref[row, keys] = _next_state(layout, k, gates, chunk, state)
-
-
 def _backward_kernel(
   q_ref,
   k_ref,
@@ -335,139 +439,162 @@ def _backward_kernel(
   d_gates_ref,
   d_state_ref,
   states_ref,
-  *,
+  *scratch,
   layout,
 ):
   step = pl.program_id(2)
   last = layout.chunks - 1
-  at = jnp.where(step < last, step, 2 * last - step)
+  at = jnp.where(step <= last, step, 2 * last - step)
+  tiles = _tiles(layout)
+  scratch = _Scratch(*scratch)
+  scratch = scratch._replace(
+    inverse=scratch.inverse.at[at], corrected=scratch.corrected.at[at]
+  )
 
   @pl.when(step == 0)
   def _():
     states_ref[0] = start_ref[...]
 
-  @pl.when(step == last)
+  for tile in tiles:
+    _compare(layout, scratch, tile, q_ref, k_ref, gates_ref, at)
+
+  @pl.when(step <= last)
   def _():
-    d_state_ref[...] = d_end_ref[...]
+    _invert(layout, scratch, tiles)
+    for tile in tiles:
+      state = states_ref[at, tile.row, tile.keys]
+      _correct(layout, scratch, tile, v_ref, state, at, reading=False)
 
   if last:
 
     @pl.when(step < last)
     def _():
-      for row, tile, keys, values in _tiles(layout):
-        q, k, v, gates = _load(
-          layout, q_ref, k_ref, v_ref, gates_ref, row, tile, keys, values, at
+      for tile in tiles:
+        state = states_ref[at, tile.row, tile.keys]
+        states_ref[at + 1, tile.row, tile.keys] = _write(
+          layout, scratch, tile, gates_ref, state
         )
-        state = states_ref[step, row, keys]
-        chunk = _correct(layout, q, k, v, gates, state)
-        states_ref[step + 1, row, keys] = _next_state(
-          layout, k, gates, chunk, state
-        )
+
+  @pl.when(step == last)
+  def _():
+    d_state_ref[...] = d_end_ref[...]
 
   @pl.when(step >= last)
   def _():
-    for row, tile, keys, values in _tiles(layout):
-      q, k, v, gates = _load(
-        layout, q_ref, k_ref, v_ref, gates_ref, row, tile, keys, values, at
-      )
-      d_o = layout.stack(_clear(layout, d_o_ref[row, :, values], at))
-      d_q, d_k, d_v, d_gates, d_state = _transpose(
+    for tile in tiles:
+      _transpose(
         layout,
-        *(q, k, v, gates, states_ref[at, row, keys]),
-        *(d_o, d_state_ref[row, keys]),
+        scratch,
+        tile,
+        *(v_ref, gates_ref, states_ref.at[at], d_o_ref),
+        *(d_q_ref, d_k_ref, d_v_ref, d_gates_ref, d_state_ref),
+        at,
       )
-      d_q_ref[row, :, keys] = layout.unpack(d_q).astype(d_q_ref.dtype)
-      d_k_ref[row, :, keys] = layout.unpack(d_k).astype(d_k_ref.dtype)
-      d_v_ref[row, :, values] = layout.unstack(d_v).astype(d_v_ref.dtype)
-      d_gates_ref[row, 0, tile] = d_gates
-      d_state_ref[row, keys] = d_state
 
 
-def _transpose(layout, q, k, v, gates, state, d_o, d_end):
-  """Cotangents of (q, k, v, gates, state) of a tile from those of (o, S')."""
-  tile, scale = layout.tile, layout.key_dim**-0.5
-  parts = functools.partial(_parts, layout)
-  chunk = _correct(layout, q, k, v, gates, state)
-  beta, gamma, delta = chunk.beta, chunk.since_start, chunk.until_end
-  (low_o,), (low_e,) = parts(d_o, 1), parts(chunk.corrected, 1)
+def _transpose(
+  layout,
+  scratch,
+  tile,
+  v_ref,
+  gates_ref,
+  states_ref,
+  d_o_ref,
+  d_q_ref,
+  d_k_ref,
+  d_v_ref,
+  d_gates_ref,
+  d_state_ref,
+  at,
+):
+  """Phase 4: from the cotangents of o and S' to those of a tile's inputs."""
+  t, size, scale = tile.number, layout.tile, layout.key_dim**-0.5
+  parts = functools.partial(layout.parts, count=1)
+  split = functools.partial(layout.parts, count=2)
+  wide = functools.partial(scratch.column, t, width=layout.value_dim)
+  keyed = functools.partial(
+    scratch.column, t, width=layout.packed * layout.key_dim
+  )
+  gates = gates_ref[tile.row, 0, tile.group]
+  state = states_ref[tile.row, tile.keys]
+  d_end = d_state_ref[tile.row, tile.keys]
+  d_o = layout.stack(_load(layout, d_o_ref, tile, tile.values, at))
+  k, q = scratch.keys[t, :size], scratch.keys[t, size:]
+  corrected = scratch.corrected[t, 0]
   # E feeds the read-out and the write.
-  d_corrected = _dot(parts(chunk.attention, 1), (low_o,), (0, 0)) + delta * _dot(
-    (k,), parts(d_end, 2)
+  d_corrected = _dot((scratch.attention[t],), parts(d_o), (0, 0))
+  d_corrected += jnp.exp(wide(2) - wide(0)) * _dot((k,), split(d_end))
+  d_x = _dot(
+    _load_parts(scratch.inverse.at[t]), split(d_corrected), (0, 0)
   )
-  d_x = _dot(parts(chunk.inverse, 2), parts(d_corrected, 2), (0, 0))
-  (low_x,) = parts(d_x, 1)
-  onto_values = _dot((jnp.concatenate([low_x, low_o], axis=0),), (low_e,), (1, 1))
-  causal, strict = layout.causal()
-  d_lower = jnp.where(strict, -onto_values[:tile], 0.0)
-  d_attention = jnp.where(causal, onto_values[tile:], 0.0)
-  d_keys_keys = beta * chunk.decay * d_lower
-  d_queries_keys = scale * chunk.decay * d_attention
-  d_keys_state = -beta * gamma * d_x
-  d_queries_state = scale * gamma * d_o
-  (low_s,), (low_end,) = parts(state, 1), parts(d_end, 1)
-  onto_state = _dot(
-    parts(jnp.concatenate([d_keys_state, d_queries_state], axis=0), 1),
-    (low_s,),
-    (1, 1),
+  # What reaches S from X and from the read-out.
+  since_start = jnp.exp(wide(0))
+  d_keys_state = -wide(1) * since_start * d_x
+  d_queries_state = scale * since_start * d_o
+  d_state_ref[tile.row, tile.keys] = (
+    layout.decayed(gates, d_end)
+    + _dot((k,), split(d_keys_state), (0, 0))
+    + _dot((q,), split(d_queries_state), (0, 0))
   )
-  k_onto_state, q_onto_state = onto_state[:tile], onto_state[tile:]
-  k_onto_end = delta * _dot((low_e,), (low_end,), (1, 1))
-  (low_qk,) = parts(d_queries_keys, 1)
-  onto_keys = _dot(
-    (
-      jnp.concatenate(
-        [parts(d_keys_keys + d_keys_keys.T, 1)[0], low_qk], axis=0
-      ),
-    ),
-    (k,),
+  d_v = wide(1) * d_x
+  d_v_ref[tile.row, :, tile.values] = layout.unstack(d_v).astype(d_v_ref.dtype)
+  v = layout.stack(_load(layout, v_ref, tile, tile.values, at))
+  error = v - since_start * _dot((k,), parts(state))
+  # What reaches the products of keys with keys and with queries.
+  low_x_and_o = jnp.concatenate([*parts(d_x), *parts(d_o)], axis=0)
+  onto_values = _dot((low_x_and_o,), (corrected,), (1, 1))
+  d_lower = layout.strict(-onto_values[:size])
+  d_attention = onto_values[size:]
+  decay, beta = scratch.decay[t], scratch.column(t, 1, size)
+  d_similarity = beta * d_lower
+  d_keys_keys = decay * d_similarity
+  d_queries_keys = parts(scale * decay * d_attention)
+  through_decay = (
+    d_attention * scratch.attention[t].astype(jnp.float32)
+    + d_similarity * scratch.similarity[t]
   )
-  d_q = onto_keys[tile:] + q_onto_state
+  low_states = jnp.concatenate(
+    [*parts(d_keys_state), *parts(d_queries_state)], axis=0
+  )
+  onto_state = _dot((low_states,), parts(state), (1, 1))
+  onto_end = jnp.exp(keyed(2) - keyed(0)) * _dot(
+    (corrected,), parts(d_end), (1, 1)
+  )
+  low_keys = jnp.concatenate(
+    [*parts(d_keys_keys + d_keys_keys.T), *d_queries_keys], axis=0
+  )
+  onto_keys = _dot((low_keys,), (k,))
+  d_q = onto_keys[size:] + onto_state[size:]
   d_k = (
-    onto_keys[:tile]
-    + _dot((low_qk,), (q,), (0, 0))
-    + k_onto_state
-    + k_onto_end
+    onto_keys[:size]
+    + _dot(d_queries_keys, (q,), (0, 0))
+    + onto_state[:size]
+    + onto_end
   )
-  d_state = (
-    _whole_decay(layout, gates, d_end)
-    + _dot((k,), parts(d_keys_state, 2), (0, 0))
-    + _dot((q,), parts(d_queries_state, 2), (0, 0))
-  )
-  # Gates, as columns [M, 1], then transposed into rows.
+  d_q_ref[tile.row, :, tile.keys] = layout.unpack(d_q).astype(d_q_ref.dtype)
+  d_k_ref[tile.row, :, tile.keys] = layout.unpack(d_k).astype(d_k_ref.dtype)
+  # Gates: sums over a token's row, as columns, then all as rows.
   row_sum = functools.partial(jnp.sum, axis=1, keepdims=True)
-  through_decay = d_attention * chunk.attention + d_lower * chunk.lower
-  d_beta = row_sum(d_x * chunk.error) + row_sum(
-    d_lower * chunk.decay * chunk.keys_keys
-  )
-  d_write = row_sum(k * k_onto_end)
+  d_write = row_sum(k * onto_end)
+  d_beta = row_sum(d_x * error) + row_sum(d_lower * scratch.similarity[t])
   d_total = (
     row_sum(through_decay)
-    + row_sum(k * k_onto_state)
-    + row_sum(q * q_onto_state)
+    + row_sum(k * onto_state[:size] + q * onto_state[size:])
     - d_write
   )
   columns = jnp.concatenate([d_total, d_beta, d_write], axis=1)
   columns = jnp.pad(columns, ((0, 0), (0, GATES - 3)))
-  index = jax.lax.broadcasted_iota(jnp.int32, (1, tile), 1)
-  kept = _whole_decay(layout, gates, d_end) * state
-  whole = sum(
-    jnp.where(
-      index == i * layout.chunk,
-      jnp.sum(kept[i * layout.key_dim : (i + 1) * layout.key_dim]),
-      0.0,
-    )
-    for i in range(layout.packed)
+  # The whole chunk's decay belongs to a head, whose first token has it.
+  kept = layout.decayed(gates, d_end) * state
+  gate, token = _iotas((GATES, size))
+  by_token = columns.T - jnp.where(
+    gate == 0, jnp.sum(through_decay, axis=0, keepdims=True), 0.0
   )
-  through_rows = jnp.concatenate(
-    [
-      -jnp.sum(through_decay, axis=0, keepdims=True),
-      jnp.zeros_like(whole),
-      whole,
-      jnp.zeros((GATES - 3, tile), jnp.float32),
-    ],
-    axis=0,
-  )
-  return d_q, d_k, beta * d_x, columns.T + through_rows, d_state
+  for i in range(layout.packed):
+    whole = jnp.sum(kept[i * layout.key_dim : (i + 1) * layout.key_dim])
+    first = (gate == 2) & (token == i * layout.chunk)
+    by_token += jnp.where(first, whole, 0.0)
+  d_gates_ref[tile.row, 0, tile.group] = by_token
 
 
 def _layout(q, v):
@@ -483,7 +610,7 @@ def _layout(q, v):
   ]
   packed = max(i for i in divisors if i * chunk <= MAX_TILE)
   block = next(i for i in aligned if i % packed == 0)
-  rows = 4 if length <= chunk else 1
+  rows = int(__import__("os").environ.get("ROWS","4")) if length <= chunk else 1
   return Layout(
     rows=min(rows, batch),
     chunk=chunk,
@@ -567,6 +694,7 @@ def _forward(layout, interpret, q, k, v, gates, state):
       jax.ShapeDtypeStruct(v.shape, v.dtype),
       jax.ShapeDtypeStruct(state.shape, jnp.float32),
     ],
+    scratch_shapes=_Scratch.shapes(layout),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary")
     ),
@@ -598,15 +726,8 @@ def _backward(layout, interpret, residuals, cotangents):
         jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, gates, state)
       ],
       scratch_shapes=[
-        pltpu.VMEM(
-          (
-            layout.chunks,
-            layout.rows,
-            layout.heads * layout.key_dim,
-            layout.value_dim,
-          ),
-          jnp.float32,
-        )
+        pltpu.VMEM((layout.chunks, *states.block_shape), jnp.float32),
+        *_Scratch.shapes(layout, layout.chunks),
       ],
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary")
