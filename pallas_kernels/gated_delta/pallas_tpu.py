@@ -351,18 +351,57 @@ def _invert(layout, scratch, tiles):
       layout, scratch.inverse.at[t.number], jnp.where(same, inverse, 0.0)
     )
   while size < chunk:
-    size *= 2
-    # Blocks begin anew with each head.
-    local = [x - _start(x, chunk) for x in (row, column)]
-    joined = _start(local[0], size) == _start(local[1], size)
-    between, same = joined & ~same, joined
+    # The second blocks of all pairs; blocks begin anew with each head.
+    seconds = [
+      slice(head + i, head + min(i + size, chunk))
+      for head in range(0, tile, chunk)
+      for i in range(size, chunk, 2 * size)
+    ]
     for t in tiles:
-      split = _load_parts(scratch.inverse.at[t.number])
-      lower = scratch.column(t.number, 1, tile) * scratch.similarity[t.number]
-      lower = layout.parts(jnp.where(between, lower, 0.0), 2)
-      step = layout.parts(_dot(lower, split), 2)
-      inverse = sum(x.astype(jnp.float32) for x in split) - _dot(split, step)
-      _store_parts(layout, scratch.inverse.at[t.number], inverse)
+      _join(layout, scratch, t, seconds, size)
+    size *= 2
+
+
+def _join(layout, scratch, tile, seconds, size):
+  """X <- X - X L_b X: only the rows of second blocks change.
+
+  Args:
+    seconds: the rows of blocks to be joined with the `size` rows before.
+  """
+  t = tile.number
+  beta = scratch.column(t, 1, layout.tile)
+  lower = []
+  for rows in seconds:
+    _, lane = _iotas((rows.stop - rows.start, layout.tile))
+    before = (lane >= rows.start - size) & (lane < rows.start)
+    lower.append(
+      jnp.where(before, beta[rows] * scratch.similarity[t, rows], 0.0)
+    )
+  inverse = _load_parts(scratch.inverse.at[t])
+  step = _dot(layout.parts(jnp.concatenate(lower, axis=0), 2), inverse)
+  # Back among the rows of first blocks, whose part in the product is nothing.
+  placed, here, taken = [], 0, 0
+  for rows in seconds:
+    count = rows.stop - rows.start
+    placed.append(jnp.zeros((rows.start - here, layout.tile), jnp.float32))
+    placed.append(step[taken : taken + count])
+    here, taken = rows.stop, taken + count
+  placed.append(jnp.zeros((layout.tile - here, layout.tile), jnp.float32))
+  placed = jnp.concatenate([x for x in placed if x.shape[0]], axis=0)
+  changed = tuple(
+    jnp.concatenate([x[rows] for rows in seconds], axis=0) for x in inverse
+  )
+  joined = sum(x.astype(jnp.float32) for x in changed)
+  joined -= _dot(changed, layout.parts(placed, 2))
+  taken = 0
+  for rows in seconds:
+    count = rows.stop - rows.start
+    _store_parts(
+      layout,
+      scratch.inverse.at[t, :, rows],
+      joined[taken : taken + count],
+    )
+    taken += count
 
 
 def _correct(layout, scratch, tile, v_ref, state, at, reading):
@@ -609,7 +648,7 @@ def _layout(q, v):
     if i == heads or i * key_dim % 128 == 0 and i * value_dim % 128 == 0
   ]
   packed = max(i for i in divisors if i * chunk <= MAX_TILE)
-  block = next(i for i in aligned if i % packed == 0)
+  block = next(i for i in aligned if i % packed == 0 and i >= int(__import__("os").environ.get("HEADS","1")))
   rows = int(__import__("os").environ.get("ROWS","4")) if length <= chunk else 1
   return Layout(
     rows=min(rows, batch),
