@@ -161,7 +161,9 @@ def _forward(scale, interpret, only_states, q, k, v, total, beta, state):
   key_dim, value_dim = state.shape[2:]
   if only_states:
     outputs = [
-      jax.ShapeDtypeStruct((batch, heads, chunks * key_dim, value_dim), state.dtype)
+      jax.ShapeDtypeStruct(
+        (batch, heads, chunks * key_dim, value_dim), state.dtype
+      )
     ]
   else:
     outputs = [
@@ -195,7 +197,15 @@ def _forward(scale, interpret, only_states, q, k, v, total, beta, state):
     grid_names=("tile", "head", "row"),
     kernel_name="gated_delta_forward",
     interpret=interpret,
-  )(_split(q), _split(k), v, total, beta, jnp.arange(TILE), state)
+  )(
+    _split(q),
+    _split(k),
+    v,
+    total,
+    beta,
+    jnp.arange(TILE, dtype=jnp.int32),
+    state,
+  )
 
 
 def _forward_kernel(
@@ -234,31 +244,40 @@ def _forward_kernel(
     (query, key, state_parts, target, inverse, work, scores, written),
   )
   _load(barrier, (indices, index))
-  _load(
-    barrier,
-    *((start.at[row, head, _block(i), columns], x) for i, x in enumerate(tiles.blocks(state))),
-  )
+  blocks = state.shape[0]
+
+  @pl.loop(0, blocks)
+  def _(i):
+    _load(barrier, (start.at[row, head, _block(i), columns], state.at[i]))
 
   @pl.loop(0, total.shape[2])
   def _(chunk):
     tokens = _block(chunk)
     if only_states:
       (states,) = outputs
-      for i, block in enumerate(tiles.blocks(state)):
-        at = _block(chunk * state.shape[0] + i)
-        _copy_out(block, states.at[row, head, at, columns])
+
+      @pl.loop(0, blocks)
+      def _(i):
+        here = _block(chunk * blocks + i)
+        _copy_out(state.at[i], states.at[row, head, here, columns])
+
     _load(
       barrier,
       (total.at[row, head, chunk], since_start),
       (beta.at[row, head, chunk], strength),
       (v.at[row, tokens, head, columns], value),
     )
-    keys_keys = keys_state = 0.0
-    for i, block in enumerate(tiles.blocks(state)):
+
+    def of_keys(i, sums):
       _load(barrier, *_parts_of(k, row, tokens, head, i, key))
-      tiles.write(state_parts, block[...])
-      keys_keys += tiles.product((key, key.T))
-      keys_state += tiles.product((key, state_parts))
+      tiles.write(state_parts, state[i])
+      return (
+        sums[0] + tiles.product((key, key.T)),
+        sums[1] + tiles.product((key, state_parts)),
+      )
+
+    zero = tiles.zero()
+    keys_keys, keys_state = lax.fori_loop(0, blocks, of_keys, (zero, zero))
     decay = tiles.decay(since_start, strength)
     stage[...] = tiles.strictly_lower(decay.pairwise * keys_keys)
     error = value[...].astype(jnp.float32) - decay.since_start * keys_state
@@ -269,18 +288,25 @@ def _forward_kernel(
     decay = tiles.decay(since_start, strength)
     tiles.write(written, corrected)
     tiles.write(target, decay.until_end * corrected)
-    queries_keys = queries_state = 0.0
-    for i, block in enumerate(tiles.blocks(state)):
+
+    def of_queries(i, sums):
       _load(
         barrier,
         *_parts_of(k, row, tokens, head, i, key),
         *(() if only_states else _parts_of(q, row, tokens, head, i, query)),
       )
       if not only_states:
-        tiles.write(state_parts, block[...])
-        queries_keys += tiles.product((query, key.T))
-        queries_state += tiles.product((query, state_parts))
-      block[...] = decay.whole * block[...] + tiles.product((key.T, target))
+        tiles.write(state_parts, state[i])
+        sums = (
+          sums[0] + tiles.product((query, key.T)),
+          sums[1] + tiles.product((query, state_parts)),
+        )
+      state[i] = decay.whole * state[i] + tiles.product((key.T, target))
+      return sums
+
+    queries_keys, queries_state = lax.fori_loop(
+      0, blocks, of_queries, (zero, zero)
+    )
     if not only_states:
       o, _ = outputs
       decay = tiles.decay(since_start, strength)
@@ -293,13 +319,13 @@ def _forward_kernel(
 
   if not only_states:
     _, final = outputs
-    for i, block in enumerate(tiles.blocks(state)):
-      _copy_out(block, final.at[row, head, _block(i), columns])
+
+    @pl.loop(0, blocks)
+    def _(i):
+      _copy_out(state.at[i], final.at[row, head, _block(i), columns])
 
 
-def _backward(
-  scale, interpret, q, k, v, total, beta, states, d_o, d_final
-):
+def _backward(scale, interpret, q, k, v, total, beta, states, d_o, d_final):
   """Cotangents, with an axis of V's tiles in all but those of v and the state.
 
   Args:
@@ -357,7 +383,16 @@ def _backward(
     kernel_name="gated_delta_backward",
     interpret=interpret,
   )(
-    _split(q), _split(k), v, total, beta, jnp.arange(TILE), states, _split(d_o), d_final)
+    _split(q),
+    _split(k),
+    v,
+    total,
+    beta,
+    jnp.arange(TILE, dtype=jnp.int32),
+    states,
+    _split(d_o),
+    d_final,
+  )
 
 
 def _backward_kernel(
@@ -409,8 +444,10 @@ def _backward_kernel(
     dK = W^T Q + (A + A^T) K + dKS S^T + exp(G_C - G) * E dS'^T
     dS = exp(G_C) dS' + K^T dKS + Q^T (c exp(G) * dO)
 
-  G enters as exp(G_i) with every q_i and k_i and exp(-G_i) with k_i's other
-  uses, so that dG_i = q_i.dQ_i - k_i.dK_i + 2 sum_j dL_ij L_ij + 2 dKS_i.(KS)_i.
+  G_i enters as exp(G_i) with q_i, and with k_i where it reads (the rows of L
+  and K S), but as exp(-G_i) with k_i where it is written. What k_i.dK_i has of
+  reading is r_i = sum_j dL_ij L_ij + dKS_i.(KS)_i, so that within the chunk
+  dG_i = q_i.dQ_i - k_i.dK_i + 2 r_i; and dG_C has sum(S' * dS') besides.
   """
   tiles = _Tiles(interpreted, index)
   row, head, columns = _program()
@@ -430,14 +467,10 @@ def _backward_kernel(
     ),
   )
   blocks = d_state.shape[0]
-  _load(barrier, (indices, index))
-  _load(
-    barrier,
-    *(
-      (d_final.at[row, head, _block(i), columns], x)
-      for i, x in enumerate(tiles.blocks(d_state))
-    ),
-  )
+
+  @pl.loop(0, blocks)
+  def _(i):
+    _load(barrier, (d_final.at[row, head, _block(i), columns], d_state.at[i]))
 
   @pl.loop(0, total.shape[2])
   def _(step):
@@ -454,38 +487,47 @@ def _backward_kernel(
       (v.at[row, tokens, head, columns], value),
       *_parts_of(d_o, row, tokens, head, tile, d_out),
     )
-    keys_keys = keys_state = 0.0
-    for i in range(blocks):
-      _load(
-        barrier, *_parts_of(k, row, tokens, head, i, key), start_state(i)
-      )
+
+    def of_keys(i, sums):
+      _load(barrier, *_parts_of(k, row, tokens, head, i, key), start_state(i))
       tiles.write(state_parts, stage[...])
-      keys_keys += tiles.product((key, key.T))
-      keys_state += tiles.product((key, state_parts))
+      return (
+        sums[0] + tiles.product((key, key.T)),
+        sums[1] + tiles.product((key, state_parts)),
+      )
+
+    zero = tiles.zero()
+    keys_keys, keys_state = lax.fori_loop(0, blocks, of_keys, (zero, zero))
     tiles.write(gram, keys_state)
     decay = tiles.decay(since_start, strength)
     stage[...] = tiles.strictly_lower(decay.pairwise * keys_keys)
     tiles.invert(stage, strength, inverse, work)
     decay = tiles.decay(since_start, strength)
-    error = value[...].astype(jnp.float32) - decay.since_start * tiles.read(gram)
+    error = value[...].astype(jnp.float32) - decay.since_start * tiles.read(
+      gram
+    )
     tiles.write(work, decay.beta * error)
     tiles.write(written, tiles.product((inverse, work)))
 
-    queries_keys = d_kept = 0.0
-    for i, block in enumerate(tiles.blocks(d_state)):
+    def of_queries(i, sums):
       _load(
         barrier,
         *_parts_of(k, row, tokens, head, i, key),
         *_parts_of(q, row, tokens, head, i, query),
       )
-      tiles.write(state_parts, block[...])
-      queries_keys += tiles.product((query, key.T))
-      d_kept += tiles.product((key, state_parts))
+      tiles.write(state_parts, d_state[i])
+      return (
+        sums[0] + tiles.product((query, key.T)),
+        sums[1] + tiles.product((key, state_parts)),
+      )
+
+    queries_keys, keys_d_state = lax.fori_loop(
+      0, blocks, of_queries, (zero, zero)
+    )
     decay = tiles.decay(since_start, strength)
     tiles.write(scores, scale * decay.pairwise * queries_keys)
-    tiles.write(
-      work, tiles.product((scores.T, d_out)) + decay.until_end * d_kept
-    )
+    d_written = tiles.product((scores.T, d_out))
+    tiles.write(work, d_written + decay.until_end * keys_d_state)
     d_x = tiles.product((inverse.T, work))
     keys_state = tiles.read(gram)
     error = value[...].astype(jnp.float32) - decay.since_start * keys_state
@@ -503,11 +545,14 @@ def _backward_kernel(
     _copy_out(vector, d_beta.at[row, head, chunk, _block(tile)])
     decay = tiles.decay(since_start, strength)
     tiles.write(gram, decay.beta * decay.pairwise * d_lower)
-    tiles.write(scores, scale * decay.pairwise * tiles.product((d_out, written.T)))
+    tiles.write(
+      scores, scale * decay.pairwise * tiles.product((d_out, written.T))
+    )
     tiles.write(work, through_state * tiles.read(work))
     tiles.write(d_out, scale * decay.since_start * tiles.read(d_out))
-    d_whole = 0.0
-    for i, block in enumerate(tiles.blocks(d_state)):
+
+    def of_block(i, sums):
+      d_decay, d_whole = sums
       _load(
         barrier,
         *_parts_of(k, row, tokens, head, i, key),
@@ -516,30 +561,34 @@ def _backward_kernel(
       )
       here = _block(tile * blocks + i)
       tiles.write(state_parts, stage[...])
-      d_whole += decay.whole * jnp.sum(stage[...] * block[...], axis=1)
-      d_query = tiles.product((scores, key), (d_out, state_parts.T))
-      d_decay += jnp.sum(tiles.read(query) * d_query, axis=1)
-      stage[...] = d_query
+      d_whole += decay.whole * jnp.sum(stage[...] * d_state[i], axis=1)
+      stage[...] = tiles.product((scores, key), (d_out, state_parts.T))
+      d_decay += jnp.sum(tiles.read(query) * stage[...], axis=1)
       _copy_out(stage, d_q.at[row, tokens, head, here])
       d_key = tiles.product(
         (scores.T, query), (gram, key), (gram.T, key), (work, state_parts.T)
       )
-      tiles.write(state_parts, block[...])
-      d_kept = decay.until_end * tiles.product((written, state_parts.T))
-      d_whole += jnp.sum(tiles.read(key) * d_kept, axis=1)
-      d_key += d_kept
-      d_decay -= jnp.sum(tiles.read(key) * d_key, axis=1)
-      stage[...] = d_key
+      tiles.write(state_parts, d_state[i])
+      as_written = decay.until_end * tiles.product((written, state_parts.T))
+      d_whole += jnp.sum(tiles.read(key) * as_written, axis=1)
+      stage[...] = d_key + as_written
+      d_decay -= jnp.sum(tiles.read(key) * stage[...], axis=1)
       _copy_out(stage, d_k.at[row, tokens, head, here])
-      block[...] = decay.whole * block[...] + tiles.product(
+      d_state[i] = decay.whole * d_state[i] + tiles.product(
         (key.T, work), (query.T, d_out)
       )
+      return d_decay, d_whole
+
+    d_decay, d_whole = lax.fori_loop(
+      0, blocks, of_block, (d_decay, jnp.sum(zero, axis=1))
+    )
     for x, where in ((d_decay, d_total), (d_whole, at_end)):
       vector[...] = x
       _copy_out(vector, where.at[row, head, chunk, _block(tile)])
 
-  for i, block in enumerate(tiles.blocks(d_state)):
-    _copy_out(block, d_start.at[row, head, _block(i), columns])
+  @pl.loop(0, blocks)
+  def _(i):
+    _copy_out(d_state.at[i], d_start.at[row, head, _block(i), columns])
 
 
 class _Operand(NamedTuple):
@@ -645,6 +694,12 @@ class _Tiles:
       beta=self._spread(self._vector(beta, 0), 0),
     )
 
+  def zero(self):
+    """A tile of zeros, laid out as the sums of products that it starts."""
+    return self._laid_out(
+      jnp.zeros((TILE, TILE), jnp.float32), plgpu.Layout.WGMMA
+    )
+
   def strictly_lower(self, x):
     return jnp.where(self._index(0) > self._index(1), x, 0.0)
 
@@ -657,13 +712,15 @@ class _Tiles:
     outgrows the inverse.
     """
     beta = self._spread(self._vector(beta, 0), 0)
-    row, column = self._index(0), self._index(1)
     # i ^ j < 2 b where i and j share a block of 2 b rows.
-    apart = row ^ column
-    result = jnp.where(apart == 0, 1.0, jnp.where(apart < 2, -beta * similar[...], 0.0))
+    apart = self._index(0) ^ self._index(1)
+    result = jnp.where(
+      apart == 0, 1.0, jnp.where(apart < 2, -beta * similar[...], 0.0)
+    )
     self.write(inverse, result)
     size = 2
     while size < TILE:
+      apart = self._index(0) ^ self._index(1)
       added = (apart >= size) & (apart < 2 * size)
       self.write(work, jnp.where(added, beta * similar[...], 0.0))
       self.write(work, self.product((work, inverse)))
@@ -689,7 +746,7 @@ class _Tiles:
 
 
 def _tile(dtype, *leading):
-  """Tiles [*leading, 64, 64] of shared memory, swizzled for the tensor cores."""
+  """Shared memory [*leading, 64, 64], swizzled for the tensor cores."""
   bytes_of_row = 128
   tiling = (8, bytes_of_row // jnp.dtype(dtype).itemsize)
   return plgpu.SMEM(

@@ -199,8 +199,9 @@ class _Scratch(NamedTuple):
   similarity: Any  # D * K K^T below the diagonal [M, M]
   attention: Any  # P = c D * Q K^T, operand [M, M]
   inverse: Any  # T [P, M, M]
-  corrected: Any  # E [P, M, V]
-  read: Any  # Q S [M, V]
+  corrected: Any  # E, operand [M, V]
+  written: Any  # delta * E [P, M, V]
+  read: Any  # c gamma * Q S [M, V]
 
   @classmethod
   def shapes(cls, layout, chunks=None):
@@ -211,18 +212,18 @@ class _Scratch(NamedTuple):
     def array(*shape, dtype=jnp.float32, kept=()):
       return pltpu.VMEM((*kept, tiles, *shape), dtype)
 
-    operands = functools.partial(
-      array, parts, tile, dtype=layout.dtype, kept=(chunks,) if chunks else ()
-    )
+    operand = functools.partial(array, dtype=layout.dtype)
+    kept = (chunks,) if chunks else ()
 
     return cls(
-      keys=array(2 * tile, layout.packed * layout.key_dim, dtype=layout.dtype),
+      keys=operand(2 * tile, layout.packed * layout.key_dim),
       columns=array(3, tile, LANES),
       decay=array(tile, tile),
       similarity=array(tile, tile),
-      attention=array(tile, tile, dtype=layout.dtype),
-      inverse=operands(tile),
-      corrected=operands(layout.value_dim),
+      attention=operand(tile, tile),
+      inverse=operand(parts, tile, tile, kept=kept),
+      corrected=operand(tile, layout.value_dim, kept=kept),
+      written=operand(parts, tile, layout.value_dim),
       read=array(tile, layout.value_dim),
     )
 
@@ -406,35 +407,36 @@ def _join(layout, scratch, tile, seconds, size):
 
 def _correct(layout, scratch, tile, v_ref, state, at, reading):
   """Phase 3: E = T X of X = beta * (V - gamma * K S); with `reading`, Q S."""
-  t = tile.number
-  keys = scratch.keys[t] if reading else scratch.keys[t, : layout.tile]
-  from_state = _dot((keys,), layout.parts(state, 2))
+  t, size = tile.number, layout.tile
+  wide = functools.partial(scratch.column, t, width=layout.value_dim)
+  high, *low = layout.parts(state, 2)
+  since_start = jnp.exp(wide(0))
   if reading:
-    scratch.read[t] = from_state[layout.tile :]
+    # Q S is only read; K S, which is learnt from, gets the low part too.
+    from_state = _dot((scratch.keys[t],), (high,))
+    scratch.read[t] = layout.key_dim**-0.5 * since_start * from_state[size:]
+  else:
+    from_state = _dot((scratch.keys[t, :size],), (high,))
+  predicted = from_state[:size]
+  if low:
+    predicted += _dot((scratch.keys[t, :size],), low)
   v = layout.stack(_load(layout, v_ref, tile, tile.values, at))
-  since_start = jnp.exp(scratch.column(t, 0, layout.value_dim))
-  error = v - since_start * from_state[: layout.tile]
-  x = scratch.column(t, 1, layout.value_dim) * error
+  x = wide(1) * (v - since_start * predicted)
+  corrected = _dot(_load_parts(scratch.inverse.at[t]), layout.parts(x, 2))
+  scratch.corrected[t] = corrected.astype(layout.dtype)
   _store_parts(
-    layout,
-    scratch.corrected.at[t],
-    _dot(_load_parts(scratch.inverse.at[t]), layout.parts(x, 2)),
+    layout, scratch.written.at[t], jnp.exp(wide(2) - wide(0)) * corrected
   )
 
 
 def _write(layout, scratch, tile, gates_ref, state):
-  """S' = exp(G_C) S + (delta * K)^T E."""
+  """S' = exp(G_C) S + K^T (delta * E)."""
   t = tile.number
-  total, end = (scratch.column(t, i, layout.value_dim) for i in (0, 2))
-  corrected = sum(
-    x.astype(jnp.float32) for x in _load_parts(scratch.corrected.at[t])
-  )
-  written = _dot(
+  return layout.decayed(gates_ref[tile.row, 0, tile.group], state) + _dot(
     (scratch.keys[t, : layout.tile],),
-    layout.parts(jnp.exp(end - total) * corrected, 2),
+    _load_parts(scratch.written.at[t]),
     (0, 0),
   )
-  return layout.decayed(gates_ref[tile.row, 0, tile.group], state) + written
 
 
 def _forward_kernel(
@@ -456,9 +458,9 @@ def _forward_kernel(
     _correct(layout, scratch, tile, v_ref, state, at, reading=True)
   for tile in tiles:
     t = tile.number
-    since_start = jnp.exp(scratch.column(t, 0, layout.value_dim))
-    o = layout.key_dim**-0.5 * since_start * scratch.read[t]
-    o += _dot((scratch.attention[t],), (scratch.corrected[t, 0],))
+    o = scratch.read[t] + _dot(
+      (scratch.attention[t],), (scratch.corrected[t],)
+    )
     o_ref[tile.row, :, tile.values] = layout.unstack(o).astype(o_ref.dtype)
     state = state_ref[tile.row, tile.keys]
     state_ref[tile.row, tile.keys] = _write(
@@ -559,7 +561,7 @@ def _transpose(
   d_end = d_state_ref[tile.row, tile.keys]
   d_o = layout.stack(_load(layout, d_o_ref, tile, tile.values, at))
   k, q = scratch.keys[t, :size], scratch.keys[t, size:]
-  corrected = scratch.corrected[t, 0]
+  corrected = scratch.corrected[t]
   # E feeds the read-out and the write.
   d_corrected = _dot((scratch.attention[t],), parts(d_o), (0, 0))
   d_corrected += jnp.exp(wide(2) - wide(0)) * _dot((k,), split(d_end))
