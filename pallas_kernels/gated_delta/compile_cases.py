@@ -1,4 +1,4 @@
-"""The kernels at the shapes they are meant for, to be compiled without hardware.
+"""The kernels at the shapes they are meant for, to be compiled anywhere.
 
 `CASES` maps a name to `make(devices) -> (fn, args)`, with args abstract arrays
 on compile-only devices. Queries, keys and values come as projections write

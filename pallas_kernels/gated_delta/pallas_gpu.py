@@ -59,7 +59,7 @@ def cannot_serve(q, k, v, g, beta, initial_state) -> str | None:
     return "a decay per channel is not served: g must be [B, T, H]"
   if key_dim > MAX_KEY_DIM:
     return f"K is {key_dim}: at most {MAX_KEY_DIM} fit"
-  if _operand_dtype(q, k, v) == jnp.float32 and key_dim > MAX_KEY_DIM_FLOAT32:
+  if jnp.result_type(q, k, v) == jnp.float32 and key_dim > MAX_KEY_DIM_FLOAT32:
     return f"K is {key_dim}: at most {MAX_KEY_DIM_FLOAT32} fit in float32"
   return None
 
@@ -79,7 +79,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, *, interpret=None):
   """
   length, value_dim = v.shape[1], v.shape[3]
   key_dim = q.shape[3]
-  dtype = _operand_dtype(q, k, v)
+  dtype = jnp.result_type(q, k, v)  # bfloat16 if all three are
   padded_qkv = (_padded(x.astype(dtype), axes=(1, 3)) for x in (q, k, v))
   # [B, T, H] -> [B, H, T / C, C]; a padded token, 0 in both, leaves S alone.
   g, beta = (
@@ -97,11 +97,6 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, *, interpret=None):
   )
   o = o[:, :length, :, :value_dim].astype(v.dtype)
   return o, state[:, :, :key_dim, :value_dim]
-
-
-def _operand_dtype(q, k, v):
-  """bfloat16 if all three are, else float32."""
-  return jnp.result_type(q, k, v)
 
 
 def _padded(x, axes):
@@ -467,6 +462,7 @@ def _backward_kernel(
     ),
   )
   blocks = d_state.shape[0]
+  _load(barrier, (indices, index))
 
   @pl.loop(0, blocks)
   def _(i):
@@ -543,8 +539,9 @@ def _backward_kernel(
     d_decay += 2 * jnp.sum(decay.beta * of_lower, axis=1)
     vector[...] = d_strength + jnp.sum(of_lower, axis=1)
     _copy_out(vector, d_beta.at[row, head, chunk, _block(tile)])
+    stage[...] = d_lower
     decay = tiles.decay(since_start, strength)
-    tiles.write(gram, decay.beta * decay.pairwise * d_lower)
+    tiles.write(gram, decay.beta * decay.pairwise * stage[...])
     tiles.write(
       scores, scale * decay.pairwise * tiles.product((d_out, written.T))
     )
@@ -565,13 +562,13 @@ def _backward_kernel(
       stage[...] = tiles.product((scores, key), (d_out, state_parts.T))
       d_decay += jnp.sum(tiles.read(query) * stage[...], axis=1)
       _copy_out(stage, d_q.at[row, tokens, head, here])
-      d_key = tiles.product(
+      stage[...] = tiles.product(
         (scores.T, query), (gram, key), (gram.T, key), (work, state_parts.T)
       )
       tiles.write(state_parts, d_state[i])
       as_written = decay.until_end * tiles.product((written, state_parts.T))
       d_whole += jnp.sum(tiles.read(key) * as_written, axis=1)
-      stage[...] = d_key + as_written
+      stage[...] += as_written
       d_decay -= jnp.sum(tiles.read(key) * stage[...], axis=1)
       _copy_out(stage, d_k.at[row, tokens, head, here])
       d_state[i] = decay.whole * d_state[i] + tiles.product(
@@ -579,10 +576,10 @@ def _backward_kernel(
       )
       return d_decay, d_whole
 
-    d_decay, d_whole = lax.fori_loop(
-      0, blocks, of_block, (d_decay, jnp.sum(zero, axis=1))
-    )
-    for x, where in ((d_decay, d_total), (d_whole, at_end)):
+    sums = d_decay, jnp.sum(zero, axis=1)
+    for i in range(blocks):  # a rolled loop needs more registers than there are
+      sums = of_block(index[i], sums)
+    for x, where in zip(sums, (d_total, at_end), strict=True):
       vector[...] = x
       _copy_out(vector, where.at[row, head, chunk, _block(tile)])
 
@@ -704,7 +701,7 @@ class _Tiles:
     return jnp.where(self._index(0) > self._index(1), x, 0.0)
 
   def invert(self, similar, beta, inverse, work):
-    """Writes (I + L)^-1 to the operand `inverse`; L = beta * similar.
+    """Writes (I + L)^-1 to `inverse`; L = beta * similar, `work` is scratch.
 
     With X the inverse of the diagonal blocks of b rows, X - X L_b X is that of
     blocks of 2 b rows, where L_b has what L adds to them. Unlike powers

@@ -27,6 +27,7 @@ precision throughout.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +37,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 # Rows of a tile: what the smaller matrix units hold.
 MAX_TILE = 128
+# Tiles a step of the grid, as many as fit: one hides another's latency.
+TILES = (4, 2, 1)
+# For the scratch of a kernel, of the 16 MiB that compilers grant by default.
+VMEM_BYTES = 13 * 2**20
 # Blocks of the inverse by substitution have at most this many rows.
 SUBSTITUTED = 32
 # Rows of `gates`: the running total of g, beta, the chunk's whole total; a
@@ -290,13 +295,19 @@ def _compare(layout, scratch, tile, q_ref, k_ref, gates_ref, at):
   scratch.keys[t] = keys
   gates = gates_ref[tile.row, 0, tile.group]
   columns = gates.T
-  for i in range(3):
+  for i in range(2):
     scratch.columns[t, i] = jnp.broadcast_to(
       columns[:, i : i + 1], (layout.tile, LANES)
     )
+  for i in range(0, layout.tile, layout.chunk):  # one total a head
+    scratch.columns[t, 2, i : i + layout.chunk] = jnp.broadcast_to(
+      gates[2:3, i : i + 1], (layout.chunk, LANES)
+    )
   # Masked before exp: elsewhere the difference may be large.
   decay = jnp.exp(
-    jnp.where(layout.causal(), scratch.column(t, 0, layout.tile) - gates[:1], -jnp.inf)
+    jnp.where(
+      layout.causal(), scratch.column(t, 0, layout.tile) - gates[:1], -jnp.inf
+    )
   )
   scratch.decay[t] = decay
   products = _dot((keys,), (k,), (1, 1))
@@ -321,7 +332,10 @@ def _invert(layout, scratch, tiles):
   strips = range(0, size, 8)
   diagonals, inverses = [], []
   for t in tiles:
-    beta, similarity = scratch.column(t.number, 1, tile), scratch.similarity[t.number]
+    beta, similarity = (
+      scratch.column(t.number, 1, tile),
+      scratch.similarity[t.number],
+    )
     lower = beta * similarity
     diagonals.append(
       [
@@ -458,14 +472,14 @@ def _forward_kernel(
     _correct(layout, scratch, tile, v_ref, state, at, reading=True)
   for tile in tiles:
     t = tile.number
-    o = scratch.read[t] + _dot(
-      (scratch.attention[t],), (scratch.corrected[t],)
-    )
+    o = scratch.read[t] + _dot((scratch.attention[t],), (scratch.corrected[t],))
     o_ref[tile.row, :, tile.values] = layout.unstack(o).astype(o_ref.dtype)
     state = state_ref[tile.row, tile.keys]
     state_ref[tile.row, tile.keys] = _write(
       layout, scratch, tile, gates_ref, state
     )
+
+
 def _backward_kernel(
   q_ref,
   k_ref,
@@ -565,9 +579,7 @@ def _transpose(
   # E feeds the read-out and the write.
   d_corrected = _dot((scratch.attention[t],), parts(d_o), (0, 0))
   d_corrected += jnp.exp(wide(2) - wide(0)) * _dot((k,), split(d_end))
-  d_x = _dot(
-    _load_parts(scratch.inverse.at[t]), split(d_corrected), (0, 0)
-  )
+  d_x = _dot(_load_parts(scratch.inverse.at[t]), split(d_corrected), (0, 0))
   # What reaches S from X and from the read-out.
   since_start = jnp.exp(wide(0))
   d_keys_state = -wide(1) * since_start * d_x
@@ -638,42 +650,91 @@ def _transpose(
   d_gates_ref[tile.row, 0, tile.group] = by_token
 
 
-def _layout(q, v):
+def _layouts(q, v):
+  """Every way to cut the inputs, the most tiles a step first."""
   batch, length, heads, key_dim = q.shape
   value_dim = v.shape[-1]
-  chunk = min(-(-length // 8) * 8, MAX_TILE)
+  # Chunks of equal length, whole tiles of 8 tokens.
+  chunk = pl.cdiv(pl.cdiv(length, pl.cdiv(length, MAX_TILE)), 8) * 8
   divisors = [i for i in range(1, heads + 1) if heads % i == 0]
+  packed = max(i for i in divisors if i * chunk <= MAX_TILE)
   # Blocks of lanes are multiples of 128, or everything.
-  aligned = [
+  blocks = [
     i
     for i in divisors
-    if i == heads or i * key_dim % 128 == 0 and i * value_dim % 128 == 0
+    if i % packed == 0
+    and (i == heads or (i * key_dim) % LANES == (i * value_dim) % LANES == 0)
   ]
-  packed = max(i for i in divisors if i * chunk <= MAX_TILE)
-  block = next(i for i in aligned if i % packed == 0 and i >= int(__import__("os").environ.get("HEADS","1")))
-  rows = int(__import__("os").environ.get("ROWS","4")) if length <= chunk else 1
-  return Layout(
-    rows=min(rows, batch),
-    chunk=chunk,
-    heads=block,
-    packed=packed,
-    length=length,
-    key_dim=key_dim,
-    value_dim=value_dim,
-    exact=q.dtype != jnp.bfloat16,
+  for tiles in TILES:
+    block = next((i for i in blocks if i >= tiles * packed), heads)
+    yield Layout(
+      rows=min(batch, max(1, tiles * packed // block)),
+      chunk=chunk,
+      heads=block,
+      packed=packed,
+      length=length,
+      key_dim=key_dim,
+      value_dim=value_dim,
+      exact=any(x.dtype != jnp.bfloat16 for x in (q, v)),
+    )
+
+
+def _fitting(layouts, scratch):
+  """The first layout whose scratch fits; ValueError if none does."""
+  for layout in layouts:
+    needed = sum(
+      math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in scratch(layout)
+    )
+    if needed <= VMEM_BYTES:
+      return layout
+  raise ValueError(
+    f"a kernel would keep {needed / 2**20:.0f} MiB in VMEM for T = "
+    f"{layout.length}, K = {layout.key_dim}, V = {layout.value_dim}: at most "
+    f"{VMEM_BYTES / 2**20:.0f} MiB fit"
   )
 
 
-def gated_delta_rule(
-  q, k, v, g, beta, initial_state, *, interpret: bool = False
-):
-  """Returns (o, final_state); see `api`."""
-  layout = _layout(q, v)
-  batch, length, heads, _ = q.shape
+def _backward_scratch(layout):
+  states = (
+    *(layout.chunks, layout.rows),
+    *(layout.heads * layout.key_dim, layout.value_dim),
+  )
+  return [
+    pltpu.VMEM(states, jnp.float32),
+    *_Scratch.shapes(layout, layout.chunks),
+  ]
+
+
+def cannot_serve(q, k, v, g, beta, initial_state) -> str | None:
+  """Why the kernels do not serve these arrays; None if they do."""
+  del k, g, beta
+  if initial_state.dtype != jnp.float32:
+    return f"the state is {initial_state.dtype}: the kernels keep float32"
+  try:
+    _fitting(_layouts(q, v), _backward_scratch)
+  except ValueError as error:
+    return str(error)
+  return None
+
+
+def gated_delta_rule(q, k, v, g, beta, initial_state, *, interpret=False):
+  """Returns (o, final_state); see `api`.
+
+  Args:
+    interpret: False, or `pltpu.InterpretParams()` to run on a CPU.
+
+  Raises:
+    ValueError: what the backward kernel keeps does not fit into VMEM.
+  """
+  layouts = (
+    _fitting(_layouts(q, v), _Scratch.shapes),
+    _fitting(_layouts(q, v), _backward_scratch),
+  )
+  batch, length = q.shape[:2]
   flat = [x.reshape(batch, length, -1) for x in (q, k, v)]
-  gates = _gates(layout, g, beta)
-  state = initial_state.reshape(batch, -1, layout.value_dim)
-  o, final = _rule(layout, interpret, *flat, gates, state)
+  gates = _gates(layouts[0], g, beta)
+  state = initial_state.reshape(batch, -1, v.shape[-1])
+  o, final = _rule(layouts, interpret, *flat, gates, state)
   return o.reshape(v.shape), final.reshape(initial_state.shape)
 
 
@@ -695,87 +756,119 @@ def _gates(layout, g, beta):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rule(layout, interpret, q, k, v, gates, state):
-  return _forward(layout, interpret, q, k, v, gates, state)[0]
+def _rule(layouts, interpret, q, k, v, gates, state):
+  """(o, final state) of flat arrays; layouts of the forward and backward."""
+  return _forward(layouts, interpret, q, k, v, gates, state)[0]
 
 
 def _specs(layout, chunk_of):
   """BlockSpecs of (keys, values, gates, state)."""
-  tiles = layout.heads // layout.packed
 
   def tokens(width):
     return pl.BlockSpec(
       (layout.rows, layout.chunk, layout.heads * width),
-      lambda i, j, s: (i, chunk_of(s), j),
+      lambda i, j, step: (i, chunk_of(step), j),
     )
 
   gates = pl.BlockSpec(
-    (layout.rows, 1, tiles, GATES, layout.tile),
-    lambda i, j, s: (i, chunk_of(s), j, 0, 0),
+    (layout.rows, 1, layout.groups, GATES, layout.tile),
+    lambda i, j, step: (i, chunk_of(step), j, 0, 0),
   )
   state = pl.BlockSpec(
     (layout.rows, layout.heads * layout.key_dim, layout.value_dim),
-    lambda i, j, s: (i, j, 0),
+    lambda i, j, step: (i, j, 0),
   )
   return tokens(layout.key_dim), tokens(layout.value_dim), gates, state
 
 
-def _forward(layout, interpret, q, k, v, gates, state):
-  keys, values, gates_spec, states = _specs(layout, lambda s: s)
-  out = pl.pallas_call(
-    functools.partial(_forward_kernel, layout=layout),
+def _call(kernel, layout, steps, inputs, like, flops, **options):
+  """pallas_call with what both kernels share.
+
+  Args:
+    steps: of the grid's last axis.
+    like: arrays with the shapes and dtypes of the outputs.
+    flops: by chunk and head.
+  """
+  batch, _, width = inputs[0].shape
+  outputs = [
+    jax.ShapeDtypeStruct(
+      x.shape,
+      x.dtype,
+      # Under shard_map an output varies over the mesh as its like does.
+      manual_axis_type=jax.typeof(x).manual_axis_type,
+    )
+    for x in like
+  ]
+  items = batch * width // layout.key_dim * layout.chunks
+  return pl.pallas_call(
+    functools.partial(kernel, layout=layout),
     grid=(
-      pl.cdiv(q.shape[0], layout.rows),
-      q.shape[2] // (layout.heads * layout.key_dim),
-      layout.chunks,
+      pl.cdiv(batch, layout.rows),
+      width // (layout.heads * layout.key_dim),
+      steps,
     ),
-    in_specs=[keys, keys, values, gates_spec, states],
-    out_specs=[values, states],
-    out_shape=[
-      jax.ShapeDtypeStruct(v.shape, v.dtype),
-      jax.ShapeDtypeStruct(state.shape, jnp.float32),
-    ],
-    scratch_shapes=_Scratch.shapes(layout),
+    out_shape=outputs,
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary")
     ),
+    cost_estimate=pl.CostEstimate(
+      flops=items * flops,
+      transcendentals=items * layout.chunk * (layout.chunk + 2),
+      bytes_accessed=sum(
+        x.size * x.dtype.itemsize for x in (*inputs, *outputs)
+      ),
+    ),
+    **options,
+  )(*inputs)
+
+
+def _forward(layouts, interpret, *inputs):
+  layout, _ = layouts
+  keys, values, gates, states = _specs(layout, lambda step: step)
+  chunk, key, value = layout.chunk, layout.key_dim, layout.value_dim
+  out = _call(
+    _forward_kernel,
+    layout,
+    layout.chunks,
+    inputs,
+    inputs[2:5:2],
+    4 * chunk**2 * (key + value) + 6 * chunk * key * value + 2 * chunk**3 // 3,
+    in_specs=[keys, keys, values, gates, states],
+    out_specs=[values, states],
+    scratch_shapes=_Scratch.shapes(layout),
     interpret=interpret,
     name="gated_delta_forward",
-  )(q, k, v, gates, state)
-  return out, (q, k, v, gates, state)
+  )
+  return tuple(out), inputs
 
 
-def _backward(layout, interpret, residuals, cotangents):
-  q, k, v, gates, state = residuals
-  d_o, d_end = cotangents
+def _backward(layouts, interpret, inputs, cotangents):
+  _, layout = layouts
   last = layout.chunks - 1
-  walk = _specs(layout, lambda s: jnp.where(s < last, s, 2 * last - s))
+  keys, values, gates, states = _specs(
+    layout, lambda step: jnp.where(step < last, step, 2 * last - step)
+  )
   # Not needed, or not yet written, on the way forward.
-  back = _specs(layout, lambda s: jnp.minimum(last, 2 * last - s))
-  keys, values, gates_spec, states = walk
+  late_keys, late_values, late_gates, _ = _specs(
+    layout, lambda step: jnp.minimum(last, 2 * last - step)
+  )
+  chunk, key, value = layout.chunk, layout.key_dim, layout.value_dim
   return tuple(
-    pl.pallas_call(
-      functools.partial(_backward_kernel, layout=layout),
-      grid=(
-        pl.cdiv(q.shape[0], layout.rows),
-        q.shape[2] // (layout.heads * layout.key_dim),
-        2 * layout.chunks - 1,
-      ),
-      in_specs=[back[0], keys, values, gates_spec, states, back[1], states],
-      out_specs=[back[0], back[0], back[1], back[2], states],
-      out_shape=[
-        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, gates, state)
-      ],
-      scratch_shapes=[
-        pltpu.VMEM((layout.chunks, *states.block_shape), jnp.float32),
-        *_Scratch.shapes(layout, layout.chunks),
-      ],
-      compiler_params=pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary")
-      ),
+    _call(
+      _backward_kernel,
+      layout,
+      2 * last + 1,
+      (*inputs, *cotangents),
+      inputs,
+      chunk**2 * (12 * key + 10 * value)
+      + 14 * chunk * key * value
+      + 2 * chunk**3 // 3,
+      in_specs=[keys, keys, values, gates, states, late_values, states],
+      out_specs=[late_keys, late_keys, late_values, late_gates, states],
+      scratch_shapes=_backward_scratch(layout),
       interpret=interpret,
       name="gated_delta_backward",
-    )(q, k, v, gates, state, d_o, d_end)
+    )
   )
 
 
