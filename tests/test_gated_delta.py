@@ -1,5 +1,6 @@
 """One contract for every form of every rule, against numpy float64."""
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -9,64 +10,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.gated_delta import api, benchmark, shapes
+from pallas_kernels.gated_delta import (
+  api,
+  benchmark,
+  contract,
+  pallas_gpu,
+  pallas_tpu,
+  shapes,
+)
 from sleep_jax.model.update_rules import UPDATE_RULES, UpdateRule
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "shared" / "goldens"
-# T with and without a remainder in every blocking inside a chunk, and beyond.
-LENGTHS = [1, 7, 24, 63, 64, 65, 75, 512]
-CASES = ["random", "repeated", "correlated", "negative", "strong"]
+
+
+def inputs(length, case="random", rule="gated_delta", **sizes):
+  return contract.inputs(length, case, per_channel=rule == "kda", **sizes)
 
 
 def numpy_rule(rule, q, k, v, g, beta, state):
-  """The recurrence in numpy float64, a row, a head and a token at a time.
-
-  Written from the equations, apart from `reference.py`.
-  """
-  q, k, v, g, beta = (np.array(x, np.float64) for x in (q, k, v, g, beta))
-  state, o = np.array(state, np.float64), np.zeros(v.shape)
-  for b in range(q.shape[0]):
-    for h in range(v.shape[2]):
-      for t in range(q.shape[1]):
-        key, query = k[b, t, h], q[b, t, h] * q.shape[-1] ** -0.5
-        s = state[b, h]
-        if rule != "delta":
-          s = np.exp(g[b, t, h]).reshape(-1, 1) * s
-        target = v[b, t, h]
-        if rule in ("delta", "gated_delta", "kda"):
-          target = target - key @ s
-        state[b, h] = s + beta[b, t, h] * np.outer(key, target)
-        o[b, t, h] = query @ state[b, h]
-  return o, state
-
-
-def normalise(x):
-  return x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
-
-
-def inputs(
-  length, case="random", rule="gated_delta", batch=2, heads=2, key=8, value=12
-):
-  rng = np.random.default_rng(length)
-  shape = (batch, length, heads)
-  q = normalise(rng.normal(size=(*shape, key)))
-  k = normalise(rng.normal(size=(*shape, key)))
-  v = rng.normal(size=(*shape, value))
-  g = rng.normal(size=(*shape, key) if rule == "kda" else shape)
-  g = -np.log1p(np.exp(g))
-  beta = rng.uniform(size=shape)
-  if case == "repeated":
-    k, g, beta = np.broadcast_to(k[:, :1], k.shape), 0 * g, 1 + 0 * beta
-  elif case == "correlated":  # about 0.99
-    k = normalise(0.1 * normalise(rng.normal(size=k.shape)) + k[:, :1])
-    g, beta = 0 * g, 1 + 0 * beta
-  elif case == "negative":  # negative eigenvalues of the transition
-    g, beta = 0.1 * g, 2 * beta
-  elif case == "strong":
-    g = np.where(rng.uniform(size=g.shape) < 0.3, -30.0, g)
-  state = rng.normal(size=(batch, heads, key, value))
-  return q, k, v, g, beta, state
+  """(o, state) of any rule by the float64 oracle."""
+  g = 0 * g if rule == "delta" else g
+  return contract.oracle(q, k, v, g, beta, state, delta=rule != "hebbian")
 
 
 # fixed_decay is hebbian to a form: only the layer makes its g otherwise.
@@ -78,9 +45,26 @@ FORMS |= {
 }
 
 
-@pytest.fixture(params=FORMS)
+# The kernels, interpreted. They keep a float32 state: no float64.
+KERNELS = {
+  "pallas_tpu": functools.partial(
+    pallas_tpu.gated_delta_rule, interpret=pltpu.InterpretParams()
+  ),
+  "pallas_gpu": functools.partial(
+    pallas_gpu.gated_delta_rule, interpret=InterpretGPUParams()
+  ),
+}
+
+
+@pytest.fixture(
+  params=[
+    *FORMS,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in KERNELS),
+  ]
+)
 def form(request):
-  return FORMS[request.param]
+  name = request.param
+  return FORMS.get(name) or ("gated_delta", KERNELS[name])
 
 
 def as_arrays(arrays, dtype):
@@ -90,23 +74,25 @@ def as_arrays(arrays, dtype):
 class TestContract:
   """What every form of every rule keeps to."""
 
-  @pytest.mark.parametrize("length", LENGTHS)
+  @pytest.mark.parametrize("length", contract.LENGTHS)
   def test_equals_numpy_float64(self, form, length):
     rule, function = form
     arrays = inputs(length, rule=rule)
     expected = numpy_rule(rule, *arrays)
+    kernel = function in KERNELS.values()
     function = jax.jit(function)
-    with jax.enable_x64(True):
-      for mine, theirs in zip(
-        function(*as_arrays(arrays, jnp.float64)), expected, strict=True
-      ):
-        np.testing.assert_allclose(mine, theirs, atol=1e-11)
+    if not kernel:
+      with jax.enable_x64(True):
+        for mine, theirs in zip(
+          function(*as_arrays(arrays, jnp.float64)), expected, strict=True
+        ):
+          np.testing.assert_allclose(mine, theirs, atol=1e-11)
     for mine, theirs in zip(
       function(*as_arrays(arrays, jnp.float32)), expected, strict=True
     ):
       np.testing.assert_allclose(mine, theirs, atol=3e-5)
 
-  @pytest.mark.parametrize("case", CASES[1:])
+  @pytest.mark.parametrize("case", contract.CASES[1:])
   def test_hard_keys_and_decays(self, form, case):
     rule, function = form
     arrays = inputs(64, case, rule)
@@ -123,9 +109,14 @@ class TestContract:
   @pytest.mark.parametrize("length", [1, 7, 64, 75])
   @pytest.mark.parametrize("case", ["random", "repeated", "strong"])
   def test_six_gradients_are_those_of_the_recurrence(self, form, case, length):
-    """With a cotangent on both outputs, in float64."""
+    """With a cotangent on both outputs; in float64 but for kernels."""
     rule, function = form
     arrays = inputs(length, case, rule)
+    if function in KERNELS.values():
+      tolerance = 5e-4 if case == "strong" else 1e-4
+      errors = contract.errors(function, arrays)
+      assert max(errors.values()) < tolerance, errors
+      return
     rng = np.random.default_rng(1)
     weights = [rng.normal(size=arrays[i].shape) for i in (2, 5)]
 
@@ -211,10 +202,41 @@ def test_heads_may_share_queries_and_keys(groups):
   np.testing.assert_allclose(final, expected[1], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+  "kernel, length, case, dtype, tolerance",
+  [
+    ("pallas_tpu", 24, "random", "float32", 1e-5),
+    ("pallas_tpu", 24, "random", "bfloat16", 0.02),
+    ("pallas_tpu", 75, "repeated", "float32", 1e-5),
+    ("pallas_tpu", 150, "strong", "float32", 5e-4),
+    ("pallas_gpu", 24, "random", "float32", 1e-4),
+    pytest.param(
+      *("pallas_gpu", 130, "random", "bfloat16", 0.02), marks=pytest.mark.slow
+    ),
+  ],
+)
+def test_kernels_in_small(kernel, length, case, dtype, tolerance):
+  """Values and six gradients; the slow tests have the whole contract."""
+  arrays = inputs(length, case)
+  errors = contract.errors(KERNELS[kernel], arrays, jnp.dtype(dtype))
+  assert max(errors.values()) < tolerance, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "batch, heads, key, value", [(3, 6, 8, 12), (5, 4, 64, 128)]
+)
+def test_heads_and_rows_that_share_a_tile(batch, heads, key, value):
+  """Packed heads, a last block of rows that is not full, real head sizes."""
+  arrays = inputs(30, batch=batch, heads=heads, key=key, value=value)
+  errors = contract.errors(KERNELS["pallas_tpu"], arrays)
+  assert max(errors.values()) < 1e-5, errors
+
+
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
-from pallas_kernels.gated_delta import api, benchmark, shapes
+from pallas_kernels.gated_delta import api, benchmark, contract, shapes
 from tests.test_gated_delta import as_arrays, inputs
 mesh = jax.make_mesh(
   (4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
@@ -251,7 +273,10 @@ def test_stored_answers(rule):
     pytest.skip("no stored answers here")
   with np.load(path) as golden:
     o, state = UPDATE_RULES[rule](
-      *as_arrays([normalise(golden["q"]), normalise(golden["k"])], np.float32),
+      *as_arrays(
+        [contract.normalise(golden["q"]), contract.normalise(golden["k"])],
+        np.float32,
+      ),
       *(jnp.asarray(golden[name]) for name in ("v", "g", "beta", "S0")),
     )
     np.testing.assert_allclose(o, golden["o"], atol=2e-6)
@@ -299,13 +324,79 @@ def test_bad_inputs_are_named(change, message):
     api.gated_delta_rule(**arrays)
 
 
-@pytest.mark.parametrize("implementation", api.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", api.available())
 def test_an_implementation_can_be_forced(implementation):
   arrays = as_arrays(inputs(24), jnp.float32)
   expected = numpy_rule("gated_delta", *arrays)
   o, final = api.gated_delta_rule(*arrays, implementation=implementation)
   np.testing.assert_allclose(o, expected[0], atol=1e-5)
   np.testing.assert_allclose(final, expected[1], atol=1e-5)
+
+
+def test_a_kernel_is_chosen_on_its_own_device(monkeypatch):
+  """As on a TPU: the kernel has its trial there, interpreted, and is used."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_tpu", KERNELS["pallas_tpu"])
+  arrays = as_arrays(inputs(24), jnp.float32)
+  # A function of its own: jit keeps what it traced before.
+  o, _ = jax.jit(lambda *arrays: api.gated_delta_rule(*arrays))(*arrays)
+  assert api.choose(*arrays)[0] == "pallas_tpu"
+  expected, _ = numpy_rule("gated_delta", *arrays)
+  np.testing.assert_allclose(o, expected, atol=1e-5)
+  with jax.enable_x64(True):
+    arrays[-1] = arrays[-1].astype(jnp.float64)
+    assert api.choose(*arrays) == (
+      "chunked_xla",
+      "the state is float64: the kernels keep float32",
+    )
+
+
+@pytest.mark.parametrize("fault", ["wrong", "nan", "raises"])
+def test_a_kernel_that_fails_its_trial_is_not_used(monkeypatch, caplog, fault):
+  trusted = api.IMPLEMENTATIONS["chunked_xla"]
+
+  def kernel(q, k, v, g, beta, initial_state):
+    if fault == "raises":
+      raise RuntimeError("no such instruction")
+    o, state = trusted(q, k, v, g, beta, initial_state)
+    return o * (1.1 if fault == "wrong" else jnp.nan), state
+
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_tpu", kernel)
+  arrays = as_arrays(inputs(24), jnp.float32)
+  expected = trusted(*arrays)
+  for _ in range(2):  # in the midst of a trace, then again
+    got = jax.jit(lambda *arrays: api.gated_delta_rule(*arrays))(*arrays)
+    for mine, theirs in zip(got, expected, strict=True):
+      np.testing.assert_allclose(mine, theirs, atol=1e-5)
+  name, why = api.choose(*arrays)
+  assert name == "chunked_xla" and "failed its trial" in why
+  assert (
+    len([x for x in caplog.records if "chunked_xla instead" in x.message]) == 1
+  )
+
+
+@pytest.mark.parametrize("kernel", api.CANNOT_SERVE)
+def test_a_forced_kernel_that_cannot_serve_says_why(kernel):
+  with jax.enable_x64(True):
+    arrays = as_arrays(inputs(4), jnp.float64)
+    with pytest.raises(ValueError, match=f"{kernel} cannot serve: .*float64"):
+      api.gated_delta_rule(*arrays, implementation=kernel)
+  with pytest.raises(ValueError, match="interpret mode|platform|backend"):
+    jax.block_until_ready(
+      api.gated_delta_rule(
+        *as_arrays(inputs(4), jnp.float32), implementation=kernel
+      )
+    )
+
+
+def test_too_long_for_the_kernel_names_the_memory():
+  q, v = (
+    jax.ShapeDtypeStruct((1, 16384, 2, d), jnp.bfloat16) for d in (128, 256)
+  )
+  state = jax.ShapeDtypeStruct((1, 2, 128, 256), jnp.float32)
+  reason = pallas_tpu.cannot_serve(q, q, v, None, None, state)
+  assert "MiB in VMEM for T = 16384" in reason
 
 
 def test_an_unknown_implementation_is_named():
@@ -319,7 +410,7 @@ def test_the_benchmark_times_every_implementation():
   rows = benchmark.benchmark(shapes.Shape(1, 5, 2, 4, 6), rounds=2)
   both = ("forward", "forward + backward")
   assert {(row[0], row[1]) for row in rows} >= {
-    (name, what) for name in api.IMPLEMENTATIONS for what in both
+    (name, what) for name in api.available() for what in both
   }
   for _, _, median, least, error in rows:
     assert 0 < least <= median and error < 1e-5

@@ -6,12 +6,24 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from pallas_kernels.gated_delta import chunked_xla, pallas_tpu, reference
+from pallas_kernels.gated_delta import (
+  chunked_xla,
+  pallas_gpu,
+  pallas_tpu,
+  reference,
+  trial,
+)
 
 IMPLEMENTATIONS = {
   "reference": reference.gated_delta_rule,
   "chunked_xla": functools.partial(chunked_xla.chunked_rule, delta=True),
   "pallas_tpu": pallas_tpu.gated_delta_rule,
+  "pallas_gpu": pallas_gpu.gated_delta_rule,
+}
+# Why a kernel does not serve given arrays, or None.
+CANNOT_SERVE = {
+  "pallas_tpu": pallas_tpu.cannot_serve,
+  "pallas_gpu": pallas_gpu.cannot_serve,
 }
 
 
@@ -35,27 +47,60 @@ def gated_delta_rule(
       the state alone.
     initial_state: [B, H, K, V]; its dtype (float32, or float64 in tests) is
       that of the computation.
-    implementation: "reference" (a token at a time) or "chunked_xla"; None
-      picks.
+    implementation: "reference" (a token at a time), "chunked_xla" (anywhere),
+      "pallas_tpu" or "pallas_gpu" (Hopper). None picks the kernel of the
+      default backend if it serves these shapes and dtypes and has passed its
+      `trial` on this device, else "chunked_xla"; a debug log says why.
 
   Returns:
     o in v's dtype, final_state in initial_state's dtype.
 
   Raises:
-    ValueError: unknown implementation, shapes that do not fit together or are
-      empty, dtypes that are no floating point, or a positive g (where its
-      values are known: not under jit).
+    ValueError: unknown implementation, or one that cannot serve; shapes that
+      do not fit together or are empty, dtypes that are no floating point, or
+      a positive g (where its values are known: not under jit). A kernel that is
+      forced on another kind of device is refused by Pallas when it is compiled.
   """
-  if implementation is None:
-    implementation = "chunked_xla"
-    logging.debug("gated_delta_rule: chunked_xla, which runs everywhere")
-  if implementation not in IMPLEMENTATIONS:
+  if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(
       f"unknown implementation {implementation!r}: one of "
       f"{sorted(IMPLEMENTATIONS)}"
     )
   q, k = check_and_group(q, k, v, g, beta, initial_state)
-  return IMPLEMENTATIONS[implementation](q, k, v, g, beta, initial_state)
+  arrays = (q, k, v, g, beta, initial_state)
+  if implementation is None:
+    implementation, why = choose(*arrays)
+    logging.debug("gated_delta_rule: %s, because %s", implementation, why)
+  elif implementation in CANNOT_SERVE:
+    if reason := CANNOT_SERVE[implementation](*arrays):
+      raise ValueError(f"{implementation} cannot serve: {reason}")
+  return IMPLEMENTATIONS[implementation](*arrays)
+
+
+def available() -> list[str]:
+  """The implementations that run on the default backend."""
+  own = f"pallas_{jax.default_backend()}"
+  return [
+    name for name in IMPLEMENTATIONS if name not in CANNOT_SERVE or name == own
+  ]
+
+
+def choose(q, k, v, g, beta, initial_state) -> tuple[str, str]:
+  """(implementation, why) for arrays as `gated_delta_rule`'s, heads grouped."""
+  platform, device = jax.default_backend(), jax.local_devices()[0]
+  name, fallback = f"pallas_{platform}", "chunked_xla"
+  if name not in CANNOT_SERVE:
+    return fallback, f"there is no kernel for {platform}"
+  if platform == "gpu" and not device.compute_capability.startswith("9."):
+    return fallback, f"the kernel is for Hopper GPUs, not {device.device_kind}"
+  if reason := CANNOT_SERVE[name](q, k, v, g, beta, initial_state):
+    return fallback, reason
+  dtypes = {x.dtype for x in (q, k, v)}
+  dtype = "bfloat16" if dtypes == {jnp.dtype("bfloat16")} else "float32"
+  kernel, trusted = IMPLEMENTATIONS[name], IMPLEMENTATIONS[fallback]
+  if reason := trial.verdict(kernel, trusted, dtype):
+    return fallback, f"the kernel failed its trial: {reason}"
+  return name, f"it serves {platform} and has passed its trial here"
 
 
 def check_and_group(q, k, v, g, beta, initial_state):

@@ -1,4 +1,4 @@
-"""Times every implementation of the gated delta rule, and the peers beside us.
+"""Times the implementations of the gated delta rule, and the peers beside us.
 
   python -m pallas_kernels.gated_delta.benchmark --shapes=tiny,mid,long
 
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.gated_delta.api import IMPLEMENTATIONS, gated_delta_rule
+from pallas_kernels.gated_delta.api import available, gated_delta_rule
 from pallas_kernels.gated_delta.shapes import SHAPES, Shape, random_inputs
 
 # A token at a time, its backward pass keeps every state.
@@ -77,7 +77,7 @@ def torch_peer(arrays: list[np.ndarray]) -> dict[str, Callable] | None:
 def benchmark(shape: Shape, rounds: int) -> list[tuple]:
   """Rows of (implementation, what, median ms, least ms, largest error)."""
   arrays = random_inputs(shape)
-  runs = {name: ours(name, arrays) for name in IMPLEMENTATIONS}
+  runs = {name: ours(name, arrays) for name in available()}
   if peer := torch_peer(arrays):
     runs["transformers torch_chunk"] = peer
   if shape.length > _SLOW_LENGTH:

@@ -89,7 +89,10 @@ def _rule_backward(delta, residuals, cotangents):
 
   def chunk(start, d_state, buffers, kept):
     *inputs, d_out = _read([*tokens, d_o], start, d_state.dtype)
-    d_state, gradients = _chunk_backward(d_state, d_out, *kept, inputs, delta)
+    start_state, inverse = kept
+    d_state, gradients = _chunk_backward(
+      d_state, d_out, start_state, inverse, inputs, delta
+    )
     return d_state, _write(buffers, gradients, start), None
 
   g = tokens[3]
@@ -176,7 +179,7 @@ def _chunk_backward(d_state, d_o, state, inverse, inputs, delta):
   beta = beta[..., None]
   q = scale * q
   (keys_keys, queries_keys), products_vjp = jax.vjp(
-    lambda *x: _products(*x, total), q, k, k
+    lambda q, reader, written: _products(q, reader, written, total), q, k, k
   )
   # The forward pass again, as far as the values written.
   errors, written = v, beta * v
@@ -208,12 +211,14 @@ def _chunk_backward(d_state, d_o, state, inverse, inputs, delta):
   return d_state_new, gradients
 
 
+# Accelerators would round the operands of float32 products.
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 # Products over all heads, named for what is taken of the left operand. None
 # transposes an operand in memory, as x @ y.T may.
-_rows = functools.partial(jnp.einsum, "BHIJ,BHJK->BHIK")
-_columns = functools.partial(jnp.einsum, "BHJI,BHJK->BHIK")
-_outer = functools.partial(jnp.einsum, "BHIJ,BHKJ->BHIK")
-_sum = functools.partial(jnp.einsum, "BHIJ,BHIJ->BHI")
+_rows = functools.partial(_einsum, "BHIJ,BHJK->BHIK")
+_columns = functools.partial(_einsum, "BHJI,BHJK->BHIK")
+_outer = functools.partial(_einsum, "BHIJ,BHKJ->BHIK")
+_sum = functools.partial(_einsum, "BHIJ,BHIJ->BHI")
 
 
 def _decays(g):
@@ -266,12 +271,12 @@ def _products_per_channel(q, reader, written, total):
     decay = _pairwise_decay(here)
     both = jnp.stack([reader[:, :, block], q[:, :, block]], axis=2)
     keys = written[:, :, block]
-    row = [jnp.einsum("BHPIK,BHIJK,BHJK->BHPIJ", both, decay, keys)]
+    row = [_einsum("BHPIK,BHIJK,BHJK->BHPIJ", both, decay, keys)]
     if start:
       reference = total[:, :, start - 1 : start]
       earlier = written[:, :, :start] * jnp.exp(reference - total[:, :, :start])
       later = both * jnp.exp(here - reference)[:, :, None]
-      row.insert(0, jnp.einsum("BHPIK,BHJK->BHPIJ", later, earlier))
+      row.insert(0, _einsum("BHPIK,BHJK->BHPIJ", later, earlier))
     row = jnp.concatenate(row, axis=-1)
     rows.append(jnp.pad(row, [(0, 0)] * 4 + [(0, size - block.stop)]))
   products = jnp.concatenate(rows, axis=3)
@@ -290,7 +295,9 @@ def _inverse(lower):
   half = -(-size // 2)
   first = _inverse(lower[..., :half, :half])
   second = _inverse(lower[..., half:, half:])
-  corner = -second @ lower[..., half:, :half] @ first
+  corner = _einsum(
+    "...IJ,...JK,...KL->...IL", -second, lower[..., half:, :half], first
+  )
   above = jnp.zeros((*lower.shape[:-2], half, size - half), lower.dtype)
   return jnp.concatenate(
     [
@@ -309,7 +316,7 @@ def _substitute(lower):
 
   def row(i, inverse):
     coefficients = jax.lax.dynamic_index_in_dim(rows, i, 1, keepdims=False)
-    new = identity[i][None] - jnp.einsum("NC,NCD->ND", coefficients, inverse)
+    new = identity[i][None] - _einsum("NC,NCD->ND", coefficients, inverse)
     return jax.lax.dynamic_update_index_in_dim(inverse, new, i, 1)
 
   # As varied over a shard_map's mesh as the rows are.

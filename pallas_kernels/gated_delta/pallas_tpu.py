@@ -681,17 +681,19 @@ def _layouts(q, v):
 
 def _fitting(layouts, scratch):
   """The first layout whose scratch fits; ValueError if none does."""
+  reason = "no layout"
   for layout in layouts:
     needed = sum(
       math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in scratch(layout)
     )
     if needed <= VMEM_BYTES:
       return layout
-  raise ValueError(
-    f"a kernel would keep {needed / 2**20:.0f} MiB in VMEM for T = "
-    f"{layout.length}, K = {layout.key_dim}, V = {layout.value_dim}: at most "
-    f"{VMEM_BYTES / 2**20:.0f} MiB fit"
-  )
+    reason = (
+      f"a kernel would keep {needed / 2**20:.0f} MiB in VMEM for T = "
+      f"{layout.length}, K = {layout.key_dim}, V = {layout.value_dim}: at most "
+      f"{VMEM_BYTES / 2**20:.0f} MiB fit"
+    )
+  raise ValueError(reason)
 
 
 def _backward_scratch(layout):
