@@ -166,7 +166,7 @@ def _forward(scale, interpret, only_states, q, k, v, total, beta, state):
       jax.ShapeDtypeStruct(state.shape, state.dtype),
     ]
   parts = 1 if q.dtype == jnp.bfloat16 else 2
-  return plgpu.kernel(
+  outputs = plgpu.kernel(
     functools.partial(
       _forward_kernel, interpret is not None, scale, only_states
     ),
@@ -201,6 +201,7 @@ def _forward(scale, interpret, only_states, q, k, v, total, beta, state):
     jnp.arange(TILE, dtype=jnp.int32),
     state,
   )
+  return _varying_as(v, outputs)
 
 
 def _forward_kernel(
@@ -343,7 +344,7 @@ def _backward(scale, interpret, q, k, v, total, beta, states, d_o, d_final):
     (batch, heads, chunks, count * TILE), jnp.float32
   )
   parts = 1 if q.dtype == jnp.bfloat16 else 2
-  return plgpu.kernel(
+  outputs = plgpu.kernel(
     functools.partial(_backward_kernel, interpret is not None, scale),
     out_type=[
       per_key,
@@ -388,6 +389,7 @@ def _backward(scale, interpret, q, k, v, total, beta, states, d_o, d_final):
     _split(d_o),
     d_final,
   )
+  return _varying_as(v, outputs)
 
 
 def _backward_kernel(
@@ -740,6 +742,14 @@ class _Tiles:
 
   def _laid_out(self, x, layout):
     return x if self.interpreted else plgpu.layout_cast(x, layout)
+
+
+def _varying_as(x, outputs):
+  """Outputs marked to vary over a shard_map's mesh as x does."""
+  axes = tuple(jax.typeof(x).manual_axis_type.varying)
+  if axes:
+    outputs = [lax.pcast(y, axes, to="varying") for y in outputs]
+  return tuple(outputs)
 
 
 def _tile(dtype, *leading):

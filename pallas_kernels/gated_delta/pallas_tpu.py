@@ -784,44 +784,61 @@ def _specs(layout, chunk_of):
 
 
 def _call(kernel, layout, steps, inputs, like, flops, **options):
-  """pallas_call with what both kernels share.
+  """pallas_call with what both kernels share; vmap makes the batch larger.
 
   Args:
     steps: of the grid's last axis.
-    like: arrays with the shapes and dtypes of the outputs.
+    inputs: arrays with the batch first.
+    like: which of them the outputs are like.
     flops: by chunk and head.
   """
-  batch, _, width = inputs[0].shape
-  outputs = [
-    jax.ShapeDtypeStruct(
-      x.shape,
-      x.dtype,
-      # Under shard_map an output varies over the mesh as its like does.
-      manual_axis_type=jax.typeof(x).manual_axis_type,
-    )
-    for x in like
-  ]
-  items = batch * width // layout.key_dim * layout.chunks
-  return pl.pallas_call(
-    functools.partial(kernel, layout=layout),
-    grid=(
-      pl.cdiv(batch, layout.rows),
-      width // (layout.heads * layout.key_dim),
-      steps,
-    ),
-    out_shape=outputs,
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary")
-    ),
-    cost_estimate=pl.CostEstimate(
-      flops=items * flops,
-      transcendentals=items * layout.chunk * (layout.chunk + 2),
-      bytes_accessed=sum(
-        x.size * x.dtype.itemsize for x in (*inputs, *outputs)
+
+  @jax.custom_batching.custom_vmap
+  def call(*inputs):
+    batch, _, width = inputs[0].shape
+    outputs = [
+      jax.ShapeDtypeStruct(
+        x.shape,
+        x.dtype,
+        # Under shard_map an output varies over the mesh as its like does.
+        manual_axis_type=jax.typeof(x).manual_axis_type,
+      )
+      for x in (inputs[i] for i in like)
+    ]
+    items = batch * width // layout.key_dim * layout.chunks
+    run = pl.pallas_call(
+      functools.partial(kernel, layout=layout),
+      grid=(
+        pl.cdiv(batch, layout.rows),
+        width // (layout.heads * layout.key_dim),
+        steps,
       ),
-    ),
-    **options,
-  )(*inputs)
+      out_shape=outputs,
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary")
+      ),
+      cost_estimate=pl.CostEstimate(
+        flops=items * flops,
+        transcendentals=items * layout.chunk * (layout.chunk + 2),
+        bytes_accessed=sum(
+          x.size * x.dtype.itemsize for x in (*inputs, *outputs)
+        ),
+      ),
+      **options,
+    )
+    return tuple(run(*inputs))
+
+  @call.def_vmap
+  def fold(size, batched, *inputs):
+    inputs = [
+      x if mapped else jnp.broadcast_to(x, (size, *x.shape))
+      for x, mapped in zip(inputs, batched, strict=True)
+    ]
+    outputs = call(*(x.reshape(-1, *x.shape[2:]) for x in inputs))
+    outputs = tuple(x.reshape(size, -1, *x.shape[1:]) for x in outputs)
+    return outputs, (True,) * len(outputs)
+
+  return call(*inputs)
 
 
 def _forward(layouts, interpret, *inputs):
@@ -833,7 +850,7 @@ def _forward(layouts, interpret, *inputs):
     layout,
     layout.chunks,
     inputs,
-    inputs[2:5:2],
+    (2, 4),
     4 * chunk**2 * (key + value) + 6 * chunk * key * value + 2 * chunk**3 // 3,
     in_specs=[keys, keys, values, gates, states],
     out_specs=[values, states],
@@ -841,7 +858,7 @@ def _forward(layouts, interpret, *inputs):
     interpret=interpret,
     name="gated_delta_forward",
   )
-  return tuple(out), inputs
+  return out, inputs
 
 
 def _backward(layouts, interpret, inputs, cotangents):
@@ -855,22 +872,20 @@ def _backward(layouts, interpret, inputs, cotangents):
     layout, lambda step: jnp.minimum(last, 2 * last - step)
   )
   chunk, key, value = layout.chunk, layout.key_dim, layout.value_dim
-  return tuple(
-    _call(
-      _backward_kernel,
-      layout,
-      2 * last + 1,
-      (*inputs, *cotangents),
-      inputs,
-      chunk**2 * (12 * key + 10 * value)
-      + 14 * chunk * key * value
-      + 2 * chunk**3 // 3,
-      in_specs=[keys, keys, values, gates, states, late_values, states],
-      out_specs=[late_keys, late_keys, late_values, late_gates, states],
-      scratch_shapes=_backward_scratch(layout),
-      interpret=interpret,
-      name="gated_delta_backward",
-    )
+  return _call(
+    _backward_kernel,
+    layout,
+    2 * last + 1,
+    (*inputs, *cotangents),
+    range(5),
+    chunk**2 * (12 * key + 10 * value)
+    + 14 * chunk * key * value
+    + 2 * chunk**3 // 3,
+    in_specs=[keys, keys, values, gates, states, late_values, states],
+    out_specs=[late_keys, late_keys, late_values, late_gates, states],
+    scratch_shapes=_backward_scratch(layout),
+    interpret=interpret,
+    name="gated_delta_backward",
   )
 
 
