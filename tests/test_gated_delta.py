@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.gated_delta import (
   api,
   benchmark,
+  check,
   contract,
   pallas_gpu,
   pallas_tpu,
@@ -442,6 +443,20 @@ def test_an_unknown_implementation_is_named():
     api.gated_delta_rule(
       *as_arrays(inputs(4), jnp.float32), implementation="fast"
     )
+
+
+def test_the_check_finds_what_is_wrong(monkeypatch, capsys):
+  good = api.IMPLEMENTATIONS["chunked_xla"]
+
+  def wrong(q, k, v, g, beta, initial_state):
+    o, state = good(q, k, v, g, beta, initial_state)
+    return o, state.at[..., 0].multiply(1.01)
+
+  assert not check.failures("chunked_xla", [7], ["random", "strong"])
+  monkeypatch.setitem(api.IMPLEMENTATIONS, "chunked_xla", wrong)
+  (found,) = check.failures("chunked_xla", [7], [])[:1]
+  assert "chunked_xla float32 T = 7 random" in found and "more than" in found
+  assert "in state" in capsys.readouterr().out
 
 
 def test_the_benchmark_times_every_implementation():

@@ -107,6 +107,14 @@ def benchmark(shape: Shape, rounds: int) -> list[tuple]:
   return rows
 
 
+def report(names, rounds: int) -> None:
+  """Prints the times at the named shapes."""
+  for name in names:
+    print(f"{name}: {SHAPES[name]}")
+    for row in benchmark(SHAPES[name], rounds):
+      print("  {:26} {:19} {:9.2f} ms (least {:9.2f}) {:8.1e}".format(*row))
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     prog="python -m pallas_kernels.gated_delta.benchmark",
@@ -123,10 +131,7 @@ def main() -> None:
     parser.error(f"--rounds={arguments.rounds}: must be at least 1")
   device = jax.devices()[0]
   print(f"{device.platform} {device.device_kind}, float32")
-  for name in names:
-    print(f"{name}: {SHAPES[name]}")
-    for row in benchmark(SHAPES[name], arguments.rounds):
-      print("  {:26} {:19} {:9.2f} ms (least {:9.2f}) {:8.1e}".format(*row))
+  report(names, arguments.rounds)
 
 
 if __name__ == "__main__":

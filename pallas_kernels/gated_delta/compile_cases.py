@@ -1,8 +1,9 @@
 """The kernels at the shapes they are meant for, to be compiled anywhere.
 
-`CASES` maps a name to `make(devices) -> (fn, args)`, with args abstract arrays
-on compile-only devices. Queries, keys and values come as projections write
-them, [B, T, H K], in bfloat16; gates and states are float32.
+`CASES` maps (name, direction) to (shape, make), and `make(implementation,
+devices)` gives (function, arguments), abstract arrays on compile-only devices.
+Queries, keys and values come as projections write them, [B, T, H K], in
+bfloat16; gates and states are float32.
 """
 
 import functools
@@ -60,10 +61,7 @@ def _backward_case(shape, implementation, devices):
 
 
 CASES = {
-  f"{implementation}_{name}_{direction}": functools.partial(
-    make, shape, implementation
-  )
-  for implementation in ("pallas_tpu",)
+  (name, direction): (shape, functools.partial(make, shape))
   for name, shape in SHAPES.items()
   for direction, make in (
     ("forward", _forward_case),

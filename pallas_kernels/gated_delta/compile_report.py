@@ -1,0 +1,223 @@
+"""Compiles the kernels for accelerators that are not there, and reports.
+
+  python -m pallas_kernels.gated_delta.compile_report --target=v5e
+  python -m pallas_kernels.gated_delta.compile_report --target=h100
+
+Nothing is run. Needs the extra `compile` (libtpu for TPUs, JAX's CUDA plug-in
+and ptxas for the H100).
+
+For a TPU, a row for each kernel: bundles of a step of the grid, the steps, the
+time of both at the clock below if no bundle stalls (of the backward kernel over
+several chunks an upper bound: its two walks share the code, and all of it is
+counted at each step), and two floors: HBM, for inputs and outputs once, and
+matrix units, for the products of the algorithm in one bfloat16 pass, where a
+product (M, K) x (K, N) takes ceil(K / A) ceil(N / A) max(M, A) A^2 multiplies
+of units of side A. Then spills, by vector registers stored and loaded in a
+step, and XLA's temporaries outside of the kernel. For the H100: registers,
+bytes spilled, and tensor-core instructions.
+"""
+
+import argparse
+import collections
+import glob
+import importlib
+import math
+import os
+import re
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+  """A JAX device: topology to compile for, clock, cores, units, HBM."""
+
+  topology: str
+  gigahertz: float
+  cores: int
+  # Matrix units of a core, and their side A; clock x units x A^2 x 2 fits the
+  # makers' peaks in bfloat16.
+  units: int
+  side: int
+  gigabytes_per_second: float
+
+
+CHIPS = {
+  "v4": Chip("v4:2x2x1", 1.05, 2, 4, 128, 1228),
+  "v5e": Chip("v5e:2x2", 1.5, 1, 4, 128, 819),
+  "v5p": Chip("v5p:2x2x1", 1.75, 2, 4, 128, 2765),
+  "v6e": Chip("v6e:2x2", 1.75, 1, 4, 256, 1640),
+  # A device is one of the chip's two cores.
+  "tpu7x": Chip("tpu7x:2x2x1", 2.2, 1, 4, 256, 3690),
+}
+H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
+shared_memory_per_block: 49152 shared_memory_per_core: 233472
+threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
+cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+registers_per_block_limit: 65536 } platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3" """
+
+
+def matrix_floor(shape, direction, chip):
+  """Microseconds of the matrix units for the algorithm's products."""
+  chunk = min(shape.length, 128)
+  packed = max(
+    i
+    for i in range(1, shape.heads + 1)
+    if shape.heads % i == 0 and (i == 1 or i * chunk <= chip.side)
+  )
+  rows, keys, values = packed * chunk, packed * shape.key_dim, shape.value_dim
+  inside = (rows, rows, values)
+  gram, state = (rows, keys, rows), (rows, keys, values)
+  update, back = (keys, rows, values), (rows, values, keys)
+  joins = [(rows, rows, rows)] * 2 * math.ceil(math.log2(max(chunk / 8, 1)))
+  products = [*joins, gram, gram, state, inside]
+  if direction == "forward":
+    products += [state, inside, update]
+  else:
+    products += [inside, inside, state, update, update]
+    products += [(rows, values, rows)] * 2 + [back] * 3
+    products += [(rows, rows, keys)] * 4
+  side = chip.side
+  multiplies = sum(
+    math.ceil(k / side) * math.ceil(n / side) * max(m, side) * side**2
+    for m, k, n in products
+  )
+  tiles = shape.batch * shape.heads // packed * math.ceil(shape.length / chunk)
+  each = chip.units * chip.cores * side**2 * chip.gigahertz * 1e3
+  return tiles * multiplies / each
+
+
+def tpu_kernel(dump):
+  """(bundles by loop depth, grid steps, spill stores, fills) from a dump."""
+  (table,) = glob.glob(
+    f"{dump}/*gated_delta_*final_hlo-static-per-bundle-utilization.txt"
+  )
+  with open(table) as file:
+    lines = file.read().splitlines()
+  names = [name.strip() for name in lines[1].split(",")]
+  # The first row of numbers is the capacity.
+  rows = [
+    [int(x) for x in line.split()]
+    for line in lines[2:]
+    if line.strip() and line.split()[0].isdigit()
+  ][1:]
+  totals = dict(zip(names, map(sum, zip(*rows, strict=True)), strict=True))
+  code = ""
+  for path in glob.glob(
+    re.sub(r"-\d+-final_hlo.*", "-*-final_bundles.txt", table)
+  ):
+    if "schedule-analysis" not in path:
+      with open(path) as file:
+        code += file.read()
+  bundle = r"^\s*0x[0-9a-f]+\s+(?:[A-Z]{2})?\s*:\s*(>*)\s*\{"
+  depths = collections.Counter(map(len, re.findall(bundle, code, re.M)))
+  exits = re.findall(
+    r"scmp\.\w+\.s32\.totalorder \S+ (\d+) /\* loop exit", code
+  )
+  # The pipeline of copies runs two steps ahead of the grid.
+  steps = max((int(x) for x in exits), default=3) - 2
+  return depths, steps, totals["VSTORE:SPILL"], totals["VLOAD:FILL"]
+
+
+def gpu_kernels(dump):
+  """(name, registers, bytes spilled, tensor-core instructions) of each."""
+  for path in sorted(glob.glob(f"{dump}/*.ptx")):
+    said = subprocess.run(
+      ["ptxas", "-v", "-arch=sm_90a", path, "-o", os.devnull],
+      capture_output=True,
+      text=True,
+    ).stderr
+    with open(path) as file:
+      products = len(re.findall(r"wgmma\.mma_async", file.read()))
+    pattern = (
+      r"entry function '([^']+)'.*?(\d+) bytes spill stores, (\d+) bytes spill "
+      r"loads.*?Used (\d+) registers"
+    )
+    for name, stores, loads, used in re.findall(pattern, said, re.S):
+      yield name, int(used), int(stores) + int(loads), products
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    prog="python -m pallas_kernels.gated_delta.compile_report",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--target", choices=[*CHIPS, "h100"], default="v5e")
+  parser.add_argument("--only", default="", help="a pattern of case names")
+  arguments = parser.parse_args()
+  with tempfile.TemporaryDirectory() as dump:
+    # Read when jax and the compilers are loaded, so jax comes after.
+    os.environ.update(
+      JAX_PLATFORMS="cpu",
+      TPU_SKIP_MDS_QUERY="1",
+      LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+      MOSAIC_GPU_DUMP_TO=dump,
+      MOSAIC_GPU_DUMP_PTX="1",
+    )
+    if arguments.target == "h100":
+      os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+    report(arguments.target, arguments.only, dump)
+
+
+def report(target, only, dump):
+  """Prints a row of a Markdown table for each case."""
+  jax = importlib.import_module("jax")
+  topologies = importlib.import_module("jax.experimental.topologies")
+  cases = importlib.import_module("pallas_kernels.gated_delta.compile_cases")
+  if target == "h100":
+    importlib.import_module("jax_plugins.xla_cuda13").initialize()
+    topology = topologies.get_topology_desc(
+      platform="cuda", target_config=H100, topology="1x1x1"
+    )
+    implementation, platform = "pallas_gpu", "cuda"
+    print("| case | kernel | registers | spilled bytes | wgmma | temporaries |")
+    print("|---|---|---|---|---|---|")
+  else:
+    topology = topologies.get_topology_desc(
+      CHIPS[target].topology, platform="tpu"
+    )
+    implementation, platform = "pallas_tpu", "tpu"
+    print(
+      "| case | bundles a step | steps | us | floor: units, HBM us | of floor "
+      "| spill stores, fills | temporaries |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+  for (name, direction), (shape, make) in cases.CASES.items():
+    case = f"{name} {direction}"
+    if not re.search(only, case):
+      continue
+    for path in glob.glob(f"{dump}/*"):
+      os.remove(path)
+    function, structs = make(implementation, topology.devices)
+    lowered = (
+      jax.jit(function).trace(*structs).lower(lowering_platforms=(platform,))
+    )
+    memory = lowered.compile().memory_analysis()
+    temporaries = f"{memory.temp_size_in_bytes / 2**20:.1f} MiB"
+    if target == "h100":
+      for kernel in gpu_kernels(dump):
+        print("|", case, "|", *(f"{x} |" for x in kernel), temporaries, "|")
+      continue
+    chip = CHIPS[target]
+    depths, steps, stores, fills = tpu_kernel(dump)
+    # Of one core: where a chip has two, the compiled loop is for its share.
+    microseconds = depths[1] * steps / chip.gigahertz / 1e3
+    units = matrix_floor(shape, direction, chip)
+    traffic = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    hbm = traffic / chip.gigabytes_per_second / 1e3
+    print(
+      f"| {case} | {depths[1]} | {steps} | {microseconds:.0f} | {units:.0f}, "
+      f"{hbm:.0f} | {microseconds / max(units, hbm):.2f} | {stores}, {fills} "
+      f"| {temporaries} |",
+      flush=True,
+    )
+
+
+if __name__ == "__main__":
+  main()
