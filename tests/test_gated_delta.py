@@ -467,3 +467,27 @@ def test_the_benchmark_times_every_implementation():
   }
   for _, _, median, least, error in rows:
     assert 0 < least <= median and error < 1e-5
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_a_tpu():
+  """By the report, which says nothing spoils in HBM; needs the TPU compiler."""
+  pytest.importorskip("libtpu")
+  report = subprocess.run(
+    [
+      *(sys.executable, "-m", "pallas_kernels.gated_delta.compile_report"),
+      *("--target=v5e", "--only=window24"),
+    ],
+    check=True,
+    capture_output=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[1],
+  ).stdout
+  rows = [line.split("|")[1:-1] for line in report.splitlines()[2:]]
+  assert [row[0].strip() for row in rows] == [
+    "window24 forward",
+    "window24 backward",
+  ]
+  for row in rows:
+    assert int(row[1]) > 100 and int(row[2]) == 64  # rows of 256, 4 a step
+    assert float(row[5]) < 2 and row[7].strip() == "0.0 MiB"
