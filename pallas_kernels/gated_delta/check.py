@@ -54,6 +54,8 @@ def main() -> None:
   )
   parser.add_argument("--rounds", type=int, default=10, help="0: no times")
   arguments = parser.parse_args()
+  if arguments.rounds < 0:
+    parser.error(f"--rounds={arguments.rounds}: must be at least 0")
   device = jax.devices()[0]
   print(f"{device.platform} {device.device_kind}")
   found = []

@@ -1,9 +1,8 @@
 """The kernels at the shapes they are meant for, to be compiled anywhere.
 
-`CASES` maps (name, direction) to (shape, make), and `make(implementation,
-devices)` gives (function, arguments), abstract arrays on compile-only devices.
-Queries, keys and values come as projections write them, [B, T, H K], in
-bfloat16; gates and states are float32.
+`CASES` maps a name to `make(devices) -> (function, arguments)`, with abstract
+arrays on compile-only devices as arguments. Queries, keys and values come as
+projections write them, [B, T, H K], in bfloat16; gates and states are float32.
 """
 
 import functools
@@ -60,11 +59,13 @@ def _backward_case(shape, implementation, devices):
   return gradient, (arguments, cotangents)
 
 
+DIRECTIONS = {"forward": _forward_case, "backward": _backward_case}
+
 CASES = {
-  (name, direction): (shape, functools.partial(make, shape))
-  for name, shape in SHAPES.items()
-  for direction, make in (
-    ("forward", _forward_case),
-    ("backward", _backward_case),
+  f"{implementation}_{name}_{direction}": functools.partial(
+    make, shape, implementation
   )
+  for implementation in api.CANNOT_SERVE
+  for name, shape in SHAPES.items()
+  for direction, make in DIRECTIONS.items()
 }

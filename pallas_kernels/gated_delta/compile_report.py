@@ -21,9 +21,12 @@ import argparse
 import collections
 import glob
 import importlib
+import importlib.util
+import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from typing import NamedTuple
@@ -151,6 +154,15 @@ def main() -> None:
   parser.add_argument("--target", choices=[*CHIPS, "h100"], default="v5e")
   parser.add_argument("--only", default="", help="a pattern of case names")
   arguments = parser.parse_args()
+  needed = "jax_plugins" if arguments.target == "h100" else "libtpu"
+  if importlib.util.find_spec(needed) is None:
+    parser.error(f"{needed} is missing: pip install -e '.[compile]'")
+  if arguments.target == "h100" and shutil.which("ptxas") is None:
+    parser.error("ptxas is not on the PATH: it comes with CUDA's nvcc")
+  try:
+    re.compile(arguments.only)
+  except re.error as error:
+    parser.error(f"--only={arguments.only}: {error}")
   with tempfile.TemporaryDirectory() as dump:
     # Read when jax and the compilers are loaded, so jax comes after.
     os.environ.update(
@@ -188,13 +200,14 @@ def report(target, only, dump):
       "| spill stores, fills | temporaries |"
     )
     print("|---|---|---|---|---|---|---|---|")
-  for (name, direction), (shape, make) in cases.CASES.items():
-    case = f"{name} {direction}"
+  for name, direction in itertools.product(cases.SHAPES, cases.DIRECTIONS):
+    shape, case = cases.SHAPES[name], f"{name} {direction}"
     if not re.search(only, case):
       continue
     for path in glob.glob(f"{dump}/*"):
       os.remove(path)
-    function, structs = make(implementation, topology.devices)
+    make = cases.CASES[f"{implementation}_{name}_{direction}"]
+    function, structs = make(topology.devices)
     lowered = (
       jax.jit(function).trace(*structs).lower(lowering_platforms=(platform,))
     )

@@ -14,7 +14,11 @@ LENGTHS = (1, 7, 24, 63, 64, 65, 75, 512)
 # correlation 0.99; beta up to 2, where the transition has negative eigenvalues;
 # decays of exp(-30) a token.
 CASES = ("random", "repeated", "correlated", "negative", "strong")
-NAMES = ("q", "k", "v", "g", "beta", "initial_state")
+# What a rule gives, and the gradients of what it gets.
+RESULTS = (
+  *("o", "state"),
+  *("d_q", "d_k", "d_v", "d_g", "d_beta", "d_initial_state"),
+)
 
 
 def normalise(x):
@@ -91,6 +95,23 @@ def oracle(q, k, v, g, beta, state, cotangents=None, delta=True):
   return (o, states[-1]), (d_q, d_k, d_v, d_g, d_beta, d_state)
 
 
+def rounded(arrays, dtype):
+  """q, k and v in `dtype`, the others in float32, as a rule gets them."""
+  low = [jnp.asarray(x, dtype) for x in arrays[:3]]
+  return low + [jnp.asarray(x, jnp.float32) for x in arrays[3:]]
+
+
+def differences(mine, theirs) -> dict[str, float]:
+  """The largest of each of RESULTS, relative to theirs or to 1, as `errors`."""
+  return {
+    name: float(
+      np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max()
+      / max(1.0, np.abs(np.asarray(y, np.float64)).max())
+    )
+    for name, x, y in zip(RESULTS, mine, theirs, strict=True)
+  }
+
+
 def errors(rule, arrays, dtype=jnp.float32) -> dict[str, float]:
   """The largest error of o, the state and six gradients, by name.
 
@@ -104,8 +125,7 @@ def errors(rule, arrays, dtype=jnp.float32) -> dict[str, float]:
   """
   rng = np.random.default_rng(1)
   cotangents = [rng.normal(size=arrays[i].shape) for i in (2, 5)]
-  low = [jnp.asarray(x, dtype) for x in arrays[:3]]
-  low += [jnp.asarray(x, jnp.float32) for x in arrays[3:]]
+  low = rounded(arrays, dtype)
 
   @jax.jit
   def run(*arrays):
@@ -121,13 +141,4 @@ def errors(rule, arrays, dtype=jnp.float32) -> dict[str, float]:
   # The oracle gets what the rule gets, rounded as it is.
   q, k, v, g, beta, state = (np.asarray(x.astype(jnp.float32)) for x in low)
   expected, gradients = oracle(q, k, v, g, beta, state, cotangents)
-  names = ("o", "state", *(f"d_{name}" for name in NAMES))
-  return {
-    name: float(
-      np.abs(np.asarray(mine.astype(jnp.float32), np.float64) - theirs).max()
-      / max(1.0, np.abs(theirs).max())
-    )
-    for name, mine, theirs in zip(
-      names, run(*low), (*expected, *gradients), strict=True
-    )
-  }
+  return differences(run(*low), (*expected, *gradients))

@@ -165,20 +165,39 @@ def _forward(scale, interpret, only_states, q, k, v, total, beta, state):
       jax.ShapeDtypeStruct(v.shape, v.dtype),
       jax.ShapeDtypeStruct(state.shape, state.dtype),
     ]
-  parts = 1 if q.dtype == jnp.bfloat16 else 2
-  outputs = plgpu.kernel(
+  return _launch(
     functools.partial(
       _forward_kernel, interpret is not None, scale, only_states
     ),
+    "gated_delta_forward",
+    interpret,
+    outputs,
+    (q, k, v, total, beta, state),
+    state=_tile(jnp.float32, key_dim // TILE),
+    target=_operand(2),
+  )
+
+
+def _launch(kernel, name, interpret, outputs, inputs, **scratch):
+  """Runs a kernel with a program for each 64 columns of V, head and row.
+
+  Args:
+    outputs: their shapes and dtypes.
+    inputs: q, k, v, total and beta, then what is the kernel's own.
+    scratch: the same of its scratch, beside what both kernels have.
+  """
+  q, k, v, total, beta, *others = inputs
+  batch, _, heads, value_dim = v.shape
+  parts = 1 if q.dtype == jnp.bfloat16 else 2
+  outputs = plgpu.kernel(
+    kernel,
     out_type=outputs,
     scratch_types=dict(
       query=_operand(parts),
       key=_operand(parts),
       value=_tile(v.dtype),
       stage=_tile(jnp.float32),
-      state=_tile(jnp.float32, key_dim // TILE),
       state_parts=_operand(2),
-      target=_operand(2),
       inverse=_operand(2),
       work=_operand(2),
       scores=_operand(parts),
@@ -187,10 +206,11 @@ def _forward(scale, interpret, only_states, q, k, v, total, beta, state):
       since_start=_vector(),
       strength=_vector(),
       barrier=plgpu.Barrier(num_barriers=2 * parts + 4),
+      **scratch,
     ),
     grid=(value_dim // TILE, heads, batch),
     grid_names=("tile", "head", "row"),
-    kernel_name="gated_delta_forward",
+    kernel_name=name,
     interpret=interpret,
   )(
     _split(q),
@@ -199,7 +219,7 @@ def _forward(scale, interpret, only_states, q, k, v, total, beta, state):
     total,
     beta,
     jnp.arange(TILE, dtype=jnp.int32),
-    state,
+    *others,
   )
   return _varying_as(v, outputs)
 
@@ -344,9 +364,11 @@ def _backward(scale, interpret, q, k, v, total, beta, states, d_o, d_final):
     (batch, heads, chunks, count * TILE), jnp.float32
   )
   parts = 1 if q.dtype == jnp.bfloat16 else 2
-  outputs = plgpu.kernel(
+  return _launch(
     functools.partial(_backward_kernel, interpret is not None, scale),
-    out_type=[
+    "gated_delta_backward",
+    interpret,
+    [
       per_key,
       per_key,
       jax.ShapeDtypeStruct(v.shape, v.dtype),
@@ -355,41 +377,12 @@ def _backward(scale, interpret, q, k, v, total, beta, states, d_o, d_final):
       per_token,
       jax.ShapeDtypeStruct(d_final.shape, d_final.dtype),
     ],
-    scratch_types=dict(
-      query=_operand(parts),
-      key=_operand(parts),
-      value=_tile(v.dtype),
-      d_out=_operand(parts),
-      stage=_tile(jnp.float32),
-      d_state=_tile(jnp.float32, key_dim // TILE),
-      state_parts=_operand(2),
-      inverse=_operand(2),
-      work=_operand(2),
-      scores=_operand(parts),
-      gram=_operand(2),
-      written=_operand(parts),
-      index=_vector(jnp.int32),
-      since_start=_vector(),
-      strength=_vector(),
-      vector=_vector(),
-      barrier=plgpu.Barrier(num_barriers=2 * parts + 4),
-    ),
-    grid=(count, heads, batch),
-    grid_names=("tile", "head", "row"),
-    kernel_name="gated_delta_backward",
-    interpret=interpret,
-  )(
-    _split(q),
-    _split(k),
-    v,
-    total,
-    beta,
-    jnp.arange(TILE, dtype=jnp.int32),
-    states,
-    _split(d_o),
-    d_final,
+    (q, k, v, total, beta, states, _split(d_o), d_final),
+    d_out=_operand(parts),
+    d_state=_tile(jnp.float32, key_dim // TILE),
+    gram=_operand(2),
+    vector=_vector(),
   )
-  return _varying_as(v, outputs)
 
 
 def _backward_kernel(

@@ -650,7 +650,7 @@ def _transpose(
   d_gates_ref[tile.row, 0, tile.group] = by_token
 
 
-def _layouts(q, v):
+def _layouts(q, k, v):
   """Every way to cut the inputs, the most tiles a step first."""
   batch, length, heads, key_dim = q.shape
   value_dim = v.shape[-1]
@@ -675,7 +675,7 @@ def _layouts(q, v):
       length=length,
       key_dim=key_dim,
       value_dim=value_dim,
-      exact=any(x.dtype != jnp.bfloat16 for x in (q, v)),
+      exact=jnp.result_type(q, k, v) != jnp.bfloat16,
     )
 
 
@@ -709,11 +709,11 @@ def _backward_scratch(layout):
 
 def cannot_serve(q, k, v, g, beta, initial_state) -> str | None:
   """Why the kernels do not serve these arrays; None if they do."""
-  del k, g, beta
+  del g, beta
   if initial_state.dtype != jnp.float32:
     return f"the state is {initial_state.dtype}: the kernels keep float32"
   try:
-    _fitting(_layouts(q, v), _backward_scratch)
+    _fitting(_layouts(q, k, v), _backward_scratch)
   except ValueError as error:
     return str(error)
   return None
@@ -729,8 +729,8 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, *, interpret=False):
     ValueError: what the backward kernel keeps does not fit into VMEM.
   """
   layouts = (
-    _fitting(_layouts(q, v), _Scratch.shapes),
-    _fitting(_layouts(q, v), _backward_scratch),
+    _fitting(_layouts(q, k, v), _Scratch.shapes),
+    _fitting(_layouts(q, k, v), _backward_scratch),
   )
   batch, length = q.shape[:2]
   flat = [x.reshape(batch, length, -1) for x in (q, k, v)]

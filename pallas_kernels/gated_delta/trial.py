@@ -57,8 +57,7 @@ def _compare(kernel, trusted, dtype):
 def _compare_here(kernel, trusted, dtype):
   for length in (24, 200):
     arrays = contract.inputs(length, key=64, value=128)
-    low = [jnp.asarray(x, dtype) for x in arrays[:3]]
-    low += [jnp.asarray(x, jnp.float32) for x in arrays[3:]]
+    low = contract.rounded(arrays, dtype)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(rule, *arrays):
@@ -70,10 +69,7 @@ def _compare_here(kernel, trusted, dtype):
     except Exception as error:  # whatever a compiler or driver may say
       return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     theirs = jax.device_get(run(trusted, *low))
-    names = ("o", "state", *(f"d_{name}" for name in contract.NAMES))
-    for name, x, y in zip(names, mine, theirs, strict=True):
-      x, y = x.astype(np.float32), y.astype(np.float32)
-      difference = np.abs(x - y).max() / max(1.0, np.abs(y).max())
+    for name, difference in contract.differences(mine, theirs).items():
       # Not `>`: NaN fails too.
       if not difference <= TOLERANCES[dtype.name]:
         return f"{name} differs by {difference:.1e} for T = {length}"
