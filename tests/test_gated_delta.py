@@ -243,6 +243,17 @@ def test_kernels_in_small(kernel, length, case, dtype, tolerance):
   assert max(errors.values()) < tolerance, errors
 
 
+def test_the_finest_dtype_decides_the_precision():
+  """Keys in float32 beside bfloat16 are not rounded."""
+  arrays = inputs(24)
+  low = contract.rounded(arrays, jnp.bfloat16)
+  low[1] = jnp.asarray(arrays[1], jnp.float32)
+  _, final = KERNELS["pallas_tpu"](*low)
+  exact = [np.asarray(x.astype(jnp.float32)) for x in low]
+  _, expected = numpy_rule("gated_delta", *exact)
+  np.testing.assert_allclose(final, expected, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "batch, heads, key, value", [(3, 6, 8, 12), (5, 4, 64, 128)]

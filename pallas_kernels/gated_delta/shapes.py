@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pallas_kernels.gated_delta.contract import normalise
+
 
 class Shape(NamedTuple):
   """Rows B, tokens T, heads H, key and value dim K and V."""
@@ -32,11 +34,8 @@ def random_inputs(shape: Shape, seed: int = 0) -> list[np.ndarray]:
   rng = np.random.default_rng(seed)
   tokens = (shape.batch, shape.length, shape.heads)
 
-  def unit(x):
-    return x / np.sqrt(np.sum(np.square(x), -1, keepdims=True) + 1e-6)
-
-  q = unit(rng.normal(size=(*tokens, shape.key_dim)))
-  k = unit(rng.normal(size=(*tokens, shape.key_dim)))
+  q = normalise(rng.normal(size=(*tokens, shape.key_dim)))
+  k = normalise(rng.normal(size=(*tokens, shape.key_dim)))
   v = rng.normal(size=(*tokens, shape.value_dim))
   rate = rng.uniform(0.01, 1.0, shape.heads)
   g = -rate * np.log1p(np.exp(rng.normal(size=tokens) - 2))
