@@ -1,7 +1,8 @@
 """The axis letters of this project, and the arrays that carry names.
 
 B batch, T tokens, L window, D model width, H heads, K key dim, V value dim,
-C chunk, N passes, F feed-forward width, W vocabulary, R repeats of a pattern.
+C chunk, N passes, F feed-forward width, W vocabulary, R repeats of a pattern,
+M cache slots.
 """
 
 import jax
@@ -14,6 +15,9 @@ Array = jax.Array | np.ndarray
 Tokens = Int[Array, "B T"]
 Mask = Bool[Array, "B T"]
 Rows = Bool[Array, "B"]
+Counts = Int[Array, "B"]
+Positions = Int[Array, "#B T"]
+Slots = Int[Array, "B M"]
 Hidden = Float[Array, "B T D"]
 Logits = Float[Array, "B T W"]
 FastWeights = Float[Array, "B H K V"]

@@ -18,6 +18,7 @@ from sleep_jax.tasks.rule110 import Rule110Config
 
 MIXERS = ("attn", "gdn")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+EVICTIONS = ("hard", "sliding", "none")
 
 
 def _seed(name: str, value: int):
@@ -28,6 +29,12 @@ def _seed(name: str, value: int):
 def _positive(name: str, value: float):
   if not 0 < value < math.inf:
     yield f"{name} = {value}: must be positive and finite"
+
+
+def _whole_numbers(values, least: int) -> bool:
+  return isinstance(values, tuple) and all(
+    type(value) is int and value >= least for value in values
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,9 @@ class ModelConfig:
   value_dim: int = 32
   # How S learns: one of `model.update_rules.UPDATE_RULES`.
   update_rule: str = "gated_delta"
+  # The code that computes it: "" is the best for the machine; else one of
+  # `pallas_kernels.gated_delta.api.IMPLEMENTATIONS` that the rule has.
+  implementation: str = ""
   # Taps of the causal depthwise convolution on q, k and v.
   convolution_size: int = 4
   # F: width of the SwiGLU layer.
@@ -83,6 +93,14 @@ class ModelConfig:
         f"model.update_rule = {self.update_rule!r}: one of "
         f"{sorted(UPDATE_RULES)}"
       )
+    elif self.implementation not in (
+      "",
+      *(forms := UPDATE_RULES[self.update_rule].implementations),
+    ):
+      yield (
+        f"model.implementation = {self.implementation!r}: "
+        f"model.update_rule = {self.update_rule!r} has {forms}; '' chooses"
+      )
     if self.compute_dtype not in COMPUTE_DTYPES:
       yield (
         f"model.compute_dtype = {self.compute_dtype!r}: one of {COMPUTE_DTYPES}"
@@ -109,18 +127,75 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SleepConfig:
-  """When and how long the model sleeps (paper, Algorithm 1)."""
+  """When and how long the model sleeps (paper, Algorithm 1 and section 6.4)."""
 
   # N: passes over a window before it is evicted; 1 is the ordinary hybrid.
   passes: int = 2
   # L: tokens between evictions.
   window_length: int = 32
+  # What leaves when a window is full: "hard", all of its tokens; "sliding", all
+  # but the last L - 1, which the next window's tokens still attend to as far as
+  # L - 1 back; "none", nothing: one window over the whole row, without sleep.
+  eviction: str = "hard"
+  # Whose keys and values the tokens kept by "sliding" carry, and whose values
+  # the convolution's history: those of the "last" or the "first" pass.
+  kept_pass: str = "last"
+  # Start the short convolution with the tokens before the window, not at zero.
+  carry_convolution: bool = False
+  # Groups of model.pattern that are looped, (first, one after the last); () is
+  # all. Those before and after run once for each window.
+  looped_groups: tuple = ()
+  # Train each batch with a number of passes drawn from 1..N.
+  sampled_passes: bool = False
+  # The numbers of passes that are judged; () is N alone.
+  evaluation_passes: tuple = ()
+  # In evaluation and sessions a row stops sleeping when a pass changes its S by
+  # at most this, relative to S; 0 takes all N passes.
+  tolerance: float = 0.0
+  # Back-propagate through the last passes of each sleep, and through the last
+  # windows of each row, alone; 0 is all of them.
+  gradient_passes: int = 0
+  gradient_windows: int = 0
+  # Keep what a pass, or a window, starts from, and compute the rest again for
+  # the gradient. (Every block does so.)
+  remat_passes: bool = False
+  remat_windows: bool = False
 
   def violations(self):
-    if self.passes < 1:
-      yield f"sleep.passes = {self.passes}: N must be at least 1"
-    if self.window_length < 1:
-      yield f"sleep.window_length = {self.window_length}: must be at least 1"
+    for name, least in dict(
+      passes=1, window_length=1, gradient_passes=0, gradient_windows=0
+    ).items():
+      if getattr(self, name) < least:
+        yield f"sleep.{name} = {getattr(self, name)}: must be at least {least}"
+    for name, choices in dict(
+      eviction=EVICTIONS, kept_pass=("last", "first")
+    ).items():
+      if getattr(self, name) not in choices:
+        yield f"sleep.{name} = {getattr(self, name)!r}: one of {choices}"
+    if self.eviction == "none" and self.passes != 1:
+      yield (
+        f"sleep.passes = {self.passes}: with sleep.eviction = 'none' nothing "
+        "is evicted and nothing slept on; set sleep.passes to 1"
+      )
+    if not 0 <= self.tolerance < math.inf:
+      yield (
+        f"sleep.tolerance = {self.tolerance}: must be at least 0 and finite"
+      )
+    if not _whole_numbers(self.evaluation_passes, 1):
+      yield (
+        f"sleep.evaluation_passes = {self.evaluation_passes!r}: must be a "
+        "tuple of numbers of passes, each at least 1, like (1, 2, 4)"
+      )
+    if self.looped_groups != () and not (
+      _whole_numbers(self.looped_groups, 0)
+      and len(self.looped_groups) == 2
+      and self.looped_groups[0] < self.looped_groups[1]
+    ):
+      yield (
+        f"sleep.looped_groups = {self.looped_groups!r}: must be () or the "
+        "first looped group of model.pattern and the one after the last, like "
+        "(1, 2)"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +280,9 @@ class RunConfig:
   evaluation_batch_size: int = 256
   # Parameters to start from: a workdir, a checkpoint or an exported folder.
   init_from: str = ""
+  # Also log what each pass of a sleep does to S, and the accuracy at each of
+  # sleep.evaluation_passes.
+  log_passes: bool = False
   # Also write TensorBoard event files.
   tensorboard: bool = False
 
@@ -256,6 +334,11 @@ class ExperimentConfig:
         f"data.length = {length}: with data.align_answer at least one whole "
         f"window of sleep.window_length = {window} must fit before the "
         f"answer; set data.length above {window}"
+      )
+    looped, groups = self.sleep.looped_groups, len(self.model.pattern)
+    if looped and looped[-1] > groups:
+      yield (
+        f"sleep.looped_groups = {looped}: model.pattern has {groups} groups"
       )
     parts = self.optimizer.accumulation_steps
     if parts > 0 and self.data.batch_size % parts:

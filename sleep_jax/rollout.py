@@ -1,14 +1,32 @@
-"""The wake/sleep schedule over a long sequence (Algorithm 1, hard eviction)."""
+"""The wake/sleep schedule over a long sequence (paper, Algorithm 1)."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sleep_jax.array_types import Mask, Tokens
+from sleep_jax.config import SleepConfig
 from sleep_jax.model import layers
 from sleep_jax.model.fast_weights import init_fast_weights
-from sleep_jax.sleep import sleep
+from sleep_jax.model.places import EMPTY, init_cache, window
+from sleep_jax.sleep import Slept, sleep
+
+
+class Memory(NamedTuple):
+  """What survives a window's end.
+
+  Attributes:
+    state: fast weights, as `init_fast_weights`.
+    cache: tokens kept by sliding eviction, as `init_cache`.
+    cached: their positions, counted from the next window's start [B, L]; None
+      under hard eviction.
+  """
+
+  state: Any
+  cache: Any
+  cached: jax.Array | None
 
 
 class Rollout(NamedTuple):
@@ -17,12 +35,96 @@ class Rollout(NamedTuple):
   Attributes:
     loss_sum: cross-entropy (nats) summed over the masked places.
     predictions: argmax token at the masked places, 0 elsewhere [B, T].
-    state: fast weights after the last window, which took one pass.
+    memory: after the last window, which took one pass.
+    slept: `Slept.passes` [windows, B] of the windows before the last, 0 where
+      a row did not sleep, and of `sleep_until` also `Slept.norms` and `changes`
+      [windows, N, B]; None where there is one window.
   """
 
   loss_sum: jax.Array
   predictions: jax.Array
-  state: tuple
+  memory: Memory
+  slept: Any
+
+
+def init_memory(model, batch_size: int, sleep_config: SleepConfig) -> Memory:
+  """What a row starts with: S = 0, and nothing kept."""
+  sliding = sleep_config.eviction == "sliding"
+  length = sleep_config.window_length if sliding else 0
+  return Memory(
+    init_fast_weights(model.config, batch_size),
+    init_cache(
+      model.config, batch_size, length, sleep_config.carry_convolution
+    ),
+    jnp.full((batch_size, length), EMPTY) if sliding else None,
+  )
+
+
+def run_window(
+  model,
+  params,
+  tokens: Tokens,
+  memory: Memory,
+  valid: Mask,
+  row_passes,
+  passes: int,
+  sleep_config: SleepConfig,
+  sleeper=sleep,
+) -> tuple[jax.Array, Memory, Slept]:
+  """(h [B, L, D], memory after the window, `Slept` of the looped blocks).
+
+  The blocks before the looped ones run once, the looped ones as often as
+  `row_passes` [B] says (at most `passes`), those after them once on what the
+  last pass gave: they see of the window what the last pass made of it.
+  """
+  first, last = sleep_config.looped_groups or (0, len(model.config.pattern))
+  places = window(valid, sleep_config.window_length, memory.cached)
+
+  def blocks(groups):
+    def run(params, h, state, cache, places):
+      return model.apply(
+        {"params": params}, h, state, cache, places, groups, method="blocks"
+      )
+
+    return run
+
+  before, looped, after = (
+    slice(0, first),
+    slice(first, last),
+    slice(last, None),
+  )
+  h = model.apply({"params": params}, tokens, method="embed")
+  state, cache = [], []
+
+  def once(h, groups):
+    if not memory.state[groups]:
+      return h
+    h, new_state, new_cache = blocks(groups)(
+      params, h, memory.state[groups], memory.cache[groups], places
+    )
+    state.extend(new_state)
+    cache.extend(new_cache)
+    return h
+
+  h = once(h, before)
+  slept = sleeper(
+    blocks(looped),
+    params,
+    h,
+    memory.state[looped],
+    memory.cache[looped],
+    places,
+    row_passes,
+    passes,
+    sleep_config,
+  )
+  state.extend(slept.state)
+  cache.extend(slept.cache)
+  h = once(slept.h, after)
+  cached = memory.cached
+  if cached is not None and places.replaces_cache:
+    cached = places.kept()
+  return h, Memory(tuple(state), tuple(cache), cached), slept
 
 
 def rollout(
@@ -32,17 +134,23 @@ def rollout(
   targets: Tokens,
   loss_mask: Mask,
   valid: Mask,
+  sleep_config: SleepConfig,
   *,
-  window_length: int,
-  passes: int,
+  passes=None,
+  most_passes: int | None = None,
+  sleeper=sleep,
 ) -> Rollout:
   """Runs a batch window by window and returns its `Rollout`.
 
-  Rows are cut into windows of `window_length` tokens and what remains. In a
-  window without loss a row sleeps `passes` times, in one with loss it is awake
-  and takes one pass: each row by its own mask. Between windows h is dropped
-  and S alone goes on, so S alone carries the gradient. The last window takes
-  one pass for every row: nothing comes after it that could profit.
+  Rows are cut into windows of L tokens and what remains. In a window without
+  loss a row sleeps, in one with loss it is awake and takes one pass: each row
+  by its own mask. Between windows h is dropped; S alone goes on (hard
+  eviction), or S and the last L - 1 tokens (sliding), and alone carry the
+  gradient. The last window takes one pass for every row: nothing comes after it
+  that could profit.
+
+  The gradient stops where the last `sleep.gradient_windows` windows begin: what
+  comes before, loss included, counts as a constant.
 
   The windows before the last are one `lax.scan`, the passes another, the
   repeats of the model's pattern a third: compile time does not grow with them.
@@ -54,65 +162,108 @@ def rollout(
       [marker, y0, y1, ...] and targets [y0, y1, ...].
     loss_mask: where a target counts.
     valid: False where a place is padding.
-    window_length: L.
-    passes: N.
+    sleep_config: how and when to sleep.
+    passes: of a sleeping row, a number that may be traced; None is N.
+    most_passes: what `passes` cannot exceed; None is N.
+    sleeper: `sleep`, or `sleep_until` where no gradient is wanted.
   """
-  variables = {"params": params}
+  most_passes = most_passes or sleep_config.passes
+  passes = most_passes if passes is None else passes
+  batch, length = inputs.shape
+  _, dtype = layers.dtypes(model.config)
 
-  def blocks(h, state, valid):
-    return model.apply(variables, h, state, valid, method="blocks")
-
-  def judge(h, targets, mask):
-    logits = model.apply(variables, h, method="logits")
+  def judge(params, h, targets, mask):
+    logits = model.apply({"params": params}, h, method="logits")
     log_probabilities = jax.nn.log_softmax(logits)
     nats = -jnp.take_along_axis(log_probabilities, targets[..., None], -1)
     predictions = jnp.argmax(logits, axis=-1).astype(targets.dtype)
     return jnp.sum(nats[..., 0] * mask), jnp.where(mask, predictions, 0)
 
-  def one_window(state, window, passes):
+  def one_window(params, memory, window, passes, most_passes, config):
     inputs, targets, mask, valid = window
-    h = model.apply(variables, inputs, method="embed")
-    sleeps = ~jnp.any(mask, axis=1)
-    h, state = sleep(blocks, h, state, valid, sleeps, passes)
+    awake = jnp.any(mask, axis=1)
+    row_passes = jnp.where(awake, 1, passes).astype(jnp.int32)
+    h, memory, slept = run_window(
+      model,
+      params,
+      inputs,
+      memory,
+      valid,
+      row_passes,
+      most_passes,
+      config,
+      sleeper,
+    )
     # Most windows hold no loss at all; their logits are not computed.
-    loss_sum, predictions = jax.lax.cond(
+    judged = jax.lax.cond(
       jnp.any(mask),
       judge,
-      lambda h, targets, mask: (
+      lambda params, h, targets, mask: (
         jnp.zeros((), dtype),
         jnp.zeros_like(targets),
       ),
+      params,
       h,
       targets,
       mask,
     )
-    return state, (loss_sum, predictions)
+    slept = slept._replace(h=None, state=None, cache=None)
+    sleeps = ~awake & jnp.any(valid, axis=1)
+    slept = jax.tree.map(lambda x: jnp.where(sleeps, x, 0), slept)
+    return memory, (*judged, slept)
 
-  batch, length = inputs.shape
-  state = init_fast_weights(model.config, batch)
-  _, dtype = layers.dtypes(model.config)
-  arrays = (inputs, targets, loss_mask, valid)
+  if sleep_config.eviction == "none":
+    window_length = length
+    config = dataclasses.replace(sleep_config, window_length=length)
+  else:
+    window_length = sleep_config.window_length
+    config = sleep_config
   before = (length - 1) // window_length
   split = before * window_length
-  loss_sum, predictions = jnp.zeros((), dtype), []
-  if before:
 
-    def windows(x):
-      x = x[:, :split].reshape(batch, before, window_length)
-      return jnp.moveaxis(x, 1, 0)
+  def windows(x):
+    x = x[:, :split].reshape(batch, before, window_length)
+    return jnp.moveaxis(x, 1, 0)
 
-    state, (loss_sums, outputs) = jax.lax.scan(
-      lambda state, window: one_window(state, window, passes),
-      state,
-      tuple(map(windows, arrays)),
-    )
-    loss_sum = jnp.sum(loss_sums)
-    predictions.append(jnp.moveaxis(outputs, 0, 1).reshape(batch, split))
-  state, (last_loss_sum, output) = one_window(
-    state, tuple(x[:, split:] for x in arrays), 1
+  arrays = (inputs, targets, loss_mask, valid)
+  many = tuple(map(windows, arrays))
+
+  def scan(params, memory, first, last):
+    def body(memory, window):
+      return one_window(params, memory, window, passes, most_passes, config)
+
+    if config.remat_windows:
+      body = jax.checkpoint(body, prevent_cse=False)
+    some = jax.tree.map(lambda x: x[first:last], many)
+    return jax.lax.scan(body, memory, some)
+
+  memory = init_memory(model, batch, config)
+  still = jax.lax.stop_gradient
+  constant = 0
+  if config.gradient_windows:
+    constant = max(0, before + 1 - config.gradient_windows)
+  results = []
+  if constant:
+    memory, result = scan(*still((params, memory)), 0, constant)
+    memory = still(memory)
+    results.append(result)
+  if constant < before:
+    memory, result = scan(params, memory, constant, before)
+    results.append(result)
+  memory, (last_loss_sum, output, _) = one_window(
+    params, memory, tuple(x[:, split:] for x in arrays), 1, 1, config
   )
+  loss_sum, predictions, slept = last_loss_sum, [output], None
+  if results:
+    loss_sums, outputs, slept = jax.tree.map(
+      lambda *x: jnp.concatenate(x), *results
+    )
+    loss_sum += jnp.sum(loss_sums)
+    outputs = jnp.moveaxis(outputs, 0, 1).reshape(batch, split)
+    predictions.insert(0, outputs)
   return Rollout(
-    loss_sum=loss_sum + last_loss_sum,
-    predictions=jnp.concatenate([*predictions, output], axis=1),
-    state=state,
+    loss_sum=loss_sum,
+    predictions=jnp.concatenate(predictions, axis=1),
+    memory=memory,
+    slept=slept,
   )

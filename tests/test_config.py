@@ -38,7 +38,7 @@ def test_sizes_that_are_not_there():
 @pytest.mark.parametrize(
   "leaf, value, message",
   [
-    ("sleep.passes", 0, r"sleep.passes = 0: N must be at least 1"),
+    ("sleep.passes", 0, r"sleep.passes = 0: must be at least 1"),
     ("sleep.window_length", 0, r"sleep.window_length = 0"),
     ("sleep.window_length", -3, r"sleep.window_length = -3"),
     ("data.length", 20, r"data.length = 20: .* sleep.window_length = 32"),

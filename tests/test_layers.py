@@ -11,6 +11,7 @@ import pytest
 from sleep_jax.config import ModelConfig
 from sleep_jax.model import layers
 from sleep_jax.model.fast_weights import GatedDeltaNet
+from sleep_jax.model.places import window
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "shared" / "goldens"
 
@@ -37,11 +38,12 @@ def test_gated_delta_net_layer_equals_stored_answers():
     "o_norm": {"scale": w["o_norm.weight"]},
   }
   layer = GatedDeltaNet(config)
-  mine, final = jax.jit(layer.apply)(
+  mine, final, history = jax.jit(layer.apply)(
     {"params": params},
     x,
     jnp.zeros((2, 4, 6, 12)),
-    np.ones(x.shape[:2], bool),
+    jnp.zeros((2, 3, 96)),
+    window(np.ones(x.shape[:2], bool), x.shape[1]),
   )
   np.testing.assert_allclose(mine, y, atol=5e-6)
   np.testing.assert_allclose(final, state, atol=5e-6)
@@ -52,7 +54,7 @@ def test_rules_whose_layers_are_special_cases_of_others():
   without its projection makes hebbian fixed_decay."""
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(2, 10, 8)), jnp.float32)
-  valid = jnp.asarray(np.arange(10) < [[10], [7]])
+  places = window(jnp.asarray(np.arange(10) < [[10], [7]]), 10)
   config = ModelConfig(
     width=8, fast_weight_heads=2, key_dim=4, value_dim=6, attention_heads=2
   )
@@ -62,14 +64,15 @@ def test_rules_whose_layers_are_special_cases_of_others():
     return GatedDeltaNet(dataclasses.replace(config, update_rule=rule))
 
   def run(rule, params):
-    return jax.jit(layer(rule).apply)({"params": params}, x, state, valid)
+    apply = jax.jit(layer(rule).apply)
+    return apply({"params": params}, x, state, None, places)[:2]
 
   def assert_equal(one, other):
     for mine, theirs in zip(one, other, strict=True):
       np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
   init = jax.jit(layer("gated_delta").init)
-  params = init(jax.random.key(0), x, state, valid)["params"]
+  params = init(jax.random.key(0), x, state, None, places)["params"]
   expected = run("gated_delta", params)
 
   per_channel = params | {
@@ -92,7 +95,9 @@ def test_rules_whose_layers_are_special_cases_of_others():
 def test_convolution_starts_with_the_variance_of_its_taps():
   """A sum over the taps keeps the size of its input, however many channels."""
   layer = layers.ShortConvolution(4, jnp.dtype("float32"))
-  params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 8, 512)))
+  params = jax.jit(layer.init)(
+    jax.random.key(0), jnp.zeros((1, 8, 512)), None, jnp.ones((1, 8), bool)
+  )
   kernel = params["params"]["kernel"]
   assert kernel.shape == (4, 512)
   np.testing.assert_allclose(np.std(kernel), 0.5, rtol=0.05)
@@ -101,8 +106,8 @@ def test_convolution_starts_with_the_variance_of_its_taps():
 def test_rotary_positions_in_bfloat16_are_those_of_float64():
   """At the paper's window of 2,000 tokens, where bfloat16 cannot count."""
   x = np.random.default_rng(0).normal(size=(1, 2000, 1, 8))
-  low = jax.jit(layers.rotary, static_argnums=1)(
-    jnp.asarray(x, jnp.bfloat16), 1e4
+  low = jax.jit(layers.rotary, static_argnums=2)(
+    jnp.asarray(x, jnp.bfloat16), jnp.arange(2000)[None], 1e4
   )
   pairs = x[..., :4] + 1j * x[..., 4:]
   angle = np.outer(np.arange(2000), 1e4 ** (-np.arange(4) / 4))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sleep_jax.config import ModelConfig
+from sleep_jax.config import ModelConfig, SleepConfig
 from sleep_jax.model.fast_weights import init_fast_weights
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.rollout import rollout
@@ -87,7 +87,8 @@ def make_rows(seed=0):
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def run(model, params, arrays, passes):
-  return rollout(model, params, *arrays, window_length=WINDOW, passes=passes)
+  sleep = SleepConfig(passes=passes, window_length=WINDOW)
+  return rollout(model, params, *arrays, sleep)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_bfloat16_computes_low_and_keeps_state_and_gradients_high():
 
   def loss(params):
     result = run(model, params, arrays, 2)
-    return result.loss_sum, result.state
+    return result.loss_sum, result.memory.state
 
   (low, state), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
     params
@@ -169,8 +170,8 @@ def test_each_row_gets_what_it_would_get_alone():
       if ROWS_END_AWAKE[row]:
         for result, at in ((together, row), (alone, 0)):
           for mine, theirs in (
-            (result.state[0][1][0, at], states[1]),
-            (result.state[0][1][1, at], states[3]),
+            (result.memory.state[0][1][0, at], states[1]),
+            (result.memory.state[0][1][1, at], states[3]),
           ):
             np.testing.assert_allclose(mine, theirs, atol=1e-12)
 

@@ -1,6 +1,7 @@
 """Training steps and evaluation: sums, parts, and greedy decoding."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -57,6 +58,11 @@ def make_batch(rows=6, seed=0):
   return Batch(inputs, targets, mask, valid, zeros + 1, zeros)
 
 
+def predict_at_n(model):
+  predict = make_predict(model, CONFIG)
+  return functools.partial(predict, passes=CONFIG.sleep.passes)
+
+
 @pytest.fixture(scope="module")
 def trained():
   """(predict, params, batch) half-way to knowing the batch by heart."""
@@ -66,10 +72,10 @@ def trained():
   params = init_params(model, 0)
   state, batch = TrainState(params, optimizer.init(params)), make_batch(48)
   for _ in range(30):
-    state, metrics = step(state, batch)
+    state, metrics = step(state, batch, CONFIG.sleep.passes)
     if metrics["accuracy"] > 0.3:
       break
-  return make_predict(model, CONFIG), state.params, batch
+  return predict_at_n(model), state.params, batch
 
 
 def test_a_batch_in_parts_is_one_batch():
@@ -86,7 +92,9 @@ def test_a_batch_in_parts_is_one_batch():
     state = TrainState(
       jax.tree.map(lambda x: x + 0, params), optimizer.init(params)
     )
-    state, metrics = make_train_step(model, optimizer, config)(state, batch)
+    state, metrics = make_train_step(model, optimizer, config)(
+      state, batch, config.sleep.passes
+    )
     results.append((state.params, metrics))
   (one, one_metrics), (many, many_metrics) = results
   for name in one_metrics:
@@ -106,7 +114,7 @@ def test_a_batch_in_parts_is_one_batch():
   assert compared == 17
   # The loss is the mean over all masked places, which no part has equally many
   # of; the accuracy is that of whole rows.
-  loss, predictions = make_predict(model, CONFIG)(params, batch)
+  loss, predictions, _ = predict_at_n(model)(params, batch)
   np.testing.assert_allclose(
     many_metrics["loss"], loss / batch.loss_mask.sum(), rtol=1e-5
   )
@@ -152,13 +160,13 @@ def test_greedy_decoding_equals_a_forward_pass_per_token(trained):
     for place in places:
       # Everything after this place is cleared: causality is not relied on.
       cut = np.where(np.arange(8) <= place, inputs, 0)
-      _, predictions = predict(
+      prediction = predict(
         params,
         jax.tree.map(lambda x, r=row: x[r : r + 1], batch)._replace(
           inputs=cut[None]
         ),
       )
-      token = int(predictions[0, place])
+      token = int(prediction.predictions[0, place])
       assert token == written[row, place]
       if place < places[-1]:
         inputs[place + 1] = token

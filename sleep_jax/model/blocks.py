@@ -2,28 +2,30 @@
 
 import flax.linen as nn
 
-from sleep_jax.array_types import Hidden, Mask
+from sleep_jax.array_types import Hidden
 from sleep_jax.config import ModelConfig
 from sleep_jax.model import layers
 from sleep_jax.model.attention import Attention
 from sleep_jax.model.fast_weights import GatedDeltaNet
+from sleep_jax.model.places import Places
 
 MIXERS = {"attn": Attention, "gdn": GatedDeltaNet}
 
 
 class Block(nn.Module):
-  """(h, state) -> (h, state) for one kind of mixer."""
+  """(h, state, cache) -> (h, state, cache) for one kind of mixer."""
 
   config: ModelConfig
   kind: str
 
   @nn.compact
-  def __call__(self, h: Hidden, state, valid: Mask):
+  def __call__(self, h: Hidden, state, cache, places: Places):
     mixer = MIXERS[self.kind](self.config, name="mixer")
-    y, state = mixer(layers.norm(self.config, "mixer_norm")(h), state, valid)
+    x = layers.norm(self.config, "mixer_norm")(h)
+    y, state, cache = mixer(x, state, cache, places)
     h = h + y
     mlp = layers.SwiGLU(self.config, name="mlp")
-    return h + mlp(layers.norm(self.config, "mlp_norm")(h)), state
+    return h + mlp(layers.norm(self.config, "mlp_norm")(h)), state, cache
 
 
 class Group(nn.Module):
@@ -33,29 +35,33 @@ class Group(nn.Module):
   kinds: tuple[str, ...]
 
   @nn.compact
-  def __call__(self, h: Hidden, states: tuple, valid: Mask):
+  def __call__(self, h: Hidden, states: tuple, caches: tuple, places: Places):
     # Scans over repeats, passes and windows would otherwise keep, and copy on
     # each trip, every intermediate of every block: recomputing from a block's
     # inputs is several times faster on a CPU, and compiles faster. Inside a
     # scan nothing can be merged with the forward pass (prevent_cse).
     block = nn.remat(Block, prevent_cse=False)
-    new_states = []
-    for i, (kind, state) in enumerate(zip(self.kinds, states, strict=True)):
-      h, state = block(self.config, kind, name=f"{kind}_{i}")(h, state, valid)
-      new_states.append(state)
-    return h, tuple(new_states)
+    after = []
+    for i, (kind, state, cache) in enumerate(
+      zip(self.kinds, states, caches, strict=True)
+    ):
+      layer = block(self.config, kind, name=f"{kind}_{i}")
+      h, *new = layer(h, state, cache, places)
+      after.append(new)
+    states, caches = zip(*after, strict=True)
+    return h, (states, caches)
 
 
 def repeated(config: ModelConfig, kinds, repeats: int, name: str):
   """`repeats` Groups with stacked parameters, run by one `lax.scan`.
 
-  States come in and go out stacked on a leading axis R.
+  States and caches come in and go out stacked on a leading axis R.
   """
   scanned = nn.scan(
     Group,
     variable_axes={"params": 0},
     split_rngs={"params": True},
-    in_axes=(0, nn.broadcast),
+    in_axes=(0, 0, nn.broadcast),
     out_axes=0,
     length=repeats,
   )

@@ -1,14 +1,16 @@
 """Fast weights: the layer whose state S survives eviction."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sleep_jax.array_types import FastWeights, Hidden, Mask
+from sleep_jax.array_types import FastWeights, Hidden
 from sleep_jax.config import ModelConfig
 from sleep_jax.model import layers
+from sleep_jax.model.places import Places
 from sleep_jax.model.update_rules import UPDATE_RULES
 
 # Of the l2 norm of q and k, and of the gated norm of the output (fla's
@@ -69,9 +71,9 @@ class GatedDeltaNet(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Hidden, state: FastWeights, valid: Mask
-  ) -> tuple[Hidden, FastWeights]:
-    config = self.config
+    self, x: Hidden, state: FastWeights, history, places: Places
+  ) -> tuple[Hidden, FastWeights, Any]:
+    config, valid = self.config, places.valid
     heads, batch_and_length = config.fast_weight_heads, x.shape[:2]
     compute, parameters = layers.dtypes(config)
 
@@ -84,9 +86,13 @@ class GatedDeltaNet(nn.Module):
         ("v", config.value_dim),
       )
     ]
-    mixed = layers.ShortConvolution(
+    mixed, history = layers.ShortConvolution(
       config.convolution_size, parameters, name="qkv_conv"
-    )(layers.clear_padding(jnp.concatenate(projected, -1), valid))
+    )(
+      layers.clear_padding(jnp.concatenate(projected, -1), valid),
+      history,
+      valid,
+    )
     q, k, v = (
       y.reshape(*batch_and_length, heads, -1)
       for y in jnp.split(
@@ -104,6 +110,7 @@ class GatedDeltaNet(nn.Module):
       layers.clear_padding(g, valid),
       layers.clear_padding(beta.astype(parameters), valid),
       state,
+      config.implementation or None,
     )
     gate = layers.dense(config, heads * config.value_dim, "g_proj")(x)
     o = nn.RMSNorm(
@@ -113,7 +120,7 @@ class GatedDeltaNet(nn.Module):
       name="o_norm",
     )(o)
     o = o.reshape(gate.shape) * jax.nn.silu(gate)
-    return layers.dense(config, config.width, "o_proj")(o), state
+    return layers.dense(config, config.width, "o_proj")(o), state, history
 
   def _log_decay(self, x: Hidden, kind: str):
     """g = -exp(A_log) softplus(a_proj x + dt_bias), as an `UpdateRule` asks."""

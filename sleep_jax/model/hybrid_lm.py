@@ -5,14 +5,16 @@ import flax.linen as nn
 from sleep_jax.array_types import Hidden, Logits, Mask, Tokens
 from sleep_jax.config import ModelConfig
 from sleep_jax.model import blocks, layers
+from sleep_jax.model.places import Places, init_cache, window
 
 
 class HybridLM(nn.Module):
   """Attention and fast-weight blocks in any stated pattern.
 
-  The state (see `fast_weights.init_fast_weights`) goes in and comes out of
-  `blocks`; parameters never hold it. Sleep calls the three parts apart, and
-  `__call__` is the ordinary forward pass over one window.
+  The state (see `fast_weights.init_fast_weights`) and the cache (see
+  `places.init_cache`) go in and come out of `blocks`; parameters never hold
+  them. Sleep calls the three parts apart, and `__call__` is the ordinary
+  forward pass over one window.
   """
 
   config: ModelConfig
@@ -40,13 +42,29 @@ class HybridLM(nn.Module):
     """Token embeddings."""
     return self.embedding(tokens)
 
-  def blocks(self, h: Hidden, state: tuple, valid: Mask):
-    """(h, state) after one pass; no place and no state reads padding."""
-    new_state = []
-    for group, group_state in zip(self.groups, state, strict=True):
-      h, group_state = group(h, group_state, valid)
-      new_state.append(group_state)
-    return h, tuple(new_state)
+  def blocks(
+    self,
+    h: Hidden,
+    state: tuple,
+    cache: tuple,
+    places: Places,
+    groups: slice = slice(None),
+  ):
+    """(h, state, cache) after one pass; nothing reads padding.
+
+    Args:
+      h: [B, T, D].
+      state, cache: of those groups of the pattern that `groups` takes.
+      places: where the tokens stand.
+      groups: which of the pattern's groups run; all of them.
+    """
+    after = []
+    for group, states, caches in zip(
+      self.groups[groups], state, cache, strict=True
+    ):
+      h, new = group(h, states, caches, places)
+      after.append(new)
+    return h, *zip(*after, strict=True)
 
   def logits(self, h: Hidden) -> Logits:
     """OutProj of equation (6), in the parameters' dtype."""
@@ -54,5 +72,7 @@ class HybridLM(nn.Module):
     return self.head(self.final_norm(h)).astype(parameters)
 
   def __call__(self, tokens: Tokens, state: tuple, valid: Mask):
-    h, state = self.blocks(self.embed(tokens), state, valid)
+    cache = init_cache(self.config, tokens.shape[0], 0, history=False)
+    here = window(valid, tokens.shape[1])
+    h, state, _ = self.blocks(self.embed(tokens), state, cache, here)
     return self.logits(h), state

@@ -57,15 +57,16 @@ def norm(config: ModelConfig, name: str | None = None):
   )
 
 
-def rotary(x, theta):
-  """x [B, T, H, d] turned by its position: rotate-half, positions 0..T-1."""
+def rotary(x, position, theta):
+  """x [B, T, H, d] turned by `position` [B or 1, T]: rotate-half."""
   half = x.shape[-1] // 2
   # bfloat16 has no integers between 256 and 258.
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   frequencies = theta ** (-jnp.arange(half, dtype=dtype) / half)
-  angles = jnp.arange(x.shape[1], dtype=dtype)[:, None] * frequencies[None]
-  cos = jnp.cos(angles).astype(x.dtype)[None, :, None]
-  sin = jnp.sin(angles).astype(x.dtype)[None, :, None]
+  angles = position.astype(dtype)[..., None, None] * frequencies.reshape(
+    1, 1, 1, half
+  )
+  cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
   first, second = jnp.split(x, 2, axis=-1)
   return jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
@@ -73,16 +74,18 @@ def rotary(x, theta):
 
 
 class ShortConvolution(nn.Module):
-  """Causal depthwise convolution, then SiLU; the history starts at zero.
+  """Causal depthwise convolution, then SiLU.
 
-  The kernel is [taps, channels]; its last tap meets the current token.
+  The kernel is [taps, channels]; its last tap meets the current token. Before
+  the first token stands `history` [B, taps - 1, channels], or zeros; with a
+  history, the one after the last valid token is returned too.
   """
 
   taps: int
   param_dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: Hidden) -> Hidden:
+  def __call__(self, x: Hidden, history, valid: Mask):
     kernel = self.param(
       "kernel",
       # Each channel sums its own taps: they are the fan-in.
@@ -91,12 +94,19 @@ class ShortConvolution(nn.Module):
       self.param_dtype,
     ).astype(x.dtype)
     length = x.shape[1]
-    padded = jnp.pad(x, ((0, 0), (self.taps - 1, 0), (0, 0)))
+    before = self.taps - 1
+    if history is None:
+      padded = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
+    else:
+      padded = jnp.concatenate([history, x], axis=1)
+      after = jnp.max(valid * jnp.arange(1, length + 1)[None], axis=1)
+      index = after[:, None, None] + jnp.arange(before)[None, :, None]
+      history = jnp.take_along_axis(padded, index, axis=1)
     y = sum(
       kernel[tap][None, None] * padded[:, tap : tap + length]
       for tap in range(self.taps)
     )
-    return jax.nn.silu(y)
+    return jax.nn.silu(y), history
 
 
 class SwiGLU(nn.Module):

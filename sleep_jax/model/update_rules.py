@@ -30,22 +30,45 @@ class UpdateRule:
       "channel", one for each key channel too; "fixed", a number for each head
       that no token changes; "none", g = 0.
     chunkwise: (q, k, v, g, beta, S) -> (o, S), or None.
+    kernels: `chunkwise` takes `implementation`, as `api.gated_delta_rule`.
   """
 
   update: Callable
   decay: str = "head"
   chunkwise: Callable | None = None
+  kernels: bool = False
 
   def __post_init__(self):
     if self.decay not in DECAYS:
       raise ValueError(f"decay = {self.decay!r}: one of {DECAYS}")
 
-  def __call__(self, q, k, v, g, beta, initial_state):
-    """Returns (o, final_state) as `api.gated_delta_rule`, g as `decay` says."""
+  @property
+  def implementations(self) -> list[str]:
+    """The names that `__call__` takes: the first needs nothing else."""
+    if self.kernels:
+      return list(api.IMPLEMENTATIONS)
+    return ["reference", *(["chunked_xla"] if self.chunkwise else [])]
+
+  def __call__(
+    self, q, k, v, g, beta, initial_state, implementation: str | None = None
+  ):
+    """Returns (o, final_state) as `api.gated_delta_rule`, g as `decay` says.
+
+    Raises:
+      ValueError: as `api.gated_delta_rule`, or a form that the rule lacks.
+    """
+    if implementation not in (None, *self.implementations):
+      raise ValueError(
+        f"implementation = {implementation!r}: this rule has "
+        f"{self.implementations}"
+      )
     q, k = api.check_and_group(q, k, v, g, beta, initial_state)
-    if self.chunkwise is not None:
-      return self.chunkwise(q, k, v, g, beta, initial_state)
-    return reference.scan_tokens(self.update, q, k, v, g, beta, initial_state)
+    arrays = q, k, v, g, beta, initial_state
+    if implementation == "reference" or self.chunkwise is None:
+      return reference.scan_tokens(self.update, *arrays)
+    if self.kernels:
+      return self.chunkwise(*arrays, implementation=implementation)
+    return self.chunkwise(*arrays)
 
 
 def _delta(state, k, v, g, beta):
@@ -53,8 +76,11 @@ def _delta(state, k, v, g, beta):
   return reference.gated_delta(state, k, v, jnp.zeros_like(g), beta)
 
 
-def _delta_chunkwise(q, k, v, g, beta, initial_state):
-  return api.gated_delta_rule(q, k, v, jnp.zeros_like(g), beta, initial_state)
+def _delta_chunkwise(q, k, v, g, beta, initial_state, implementation):
+  return api.gated_delta_rule(
+    *(q, k, v, jnp.zeros_like(g), beta, initial_state),
+    implementation=implementation,
+  )
 
 
 _hebbian_chunkwise = functools.partial(chunked_xla.chunked_rule, delta=False)
@@ -67,10 +93,12 @@ UPDATE_RULES = {
     reference.hebbian, decay="fixed", chunkwise=_hebbian_chunkwise
   ),
   # DeltaNet.
-  "delta": UpdateRule(_delta, decay="none", chunkwise=_delta_chunkwise),
+  "delta": UpdateRule(
+    _delta, decay="none", chunkwise=_delta_chunkwise, kernels=True
+  ),
   # Gated DeltaNet: the paper's experiments.
   "gated_delta": UpdateRule(
-    reference.gated_delta, chunkwise=api.gated_delta_rule
+    reference.gated_delta, chunkwise=api.gated_delta_rule, kernels=True
   ),
   # Kimi Delta Attention: a decay for each key channel.
   "kda": UpdateRule(

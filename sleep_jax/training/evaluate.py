@@ -1,15 +1,18 @@
 """Judging a model on held-out examples."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from sleep_jax.config import RunConfig
+from sleep_jax.config import ExperimentConfig, RunConfig
 from sleep_jax.data import pipeline
 from sleep_jax.data.pipeline import Batch
 from sleep_jax.data.tokenizers import Tokenizer
+from sleep_jax.sleep import Slept
 from sleep_jax.tasks import Task
 from sleep_jax.training import judging
 
@@ -45,40 +48,73 @@ def evaluation_sets(
 
 
 def evaluate_sets(
-  predict, params, sets: Mapping[str, list[Batch]], modes, share: int
+  predict,
+  params,
+  sets: Mapping[str, list[Batch]],
+  modes,
+  share: int,
+  config: ExperimentConfig,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-  """(results by split, metrics) on the first 1 / `share` of the batches."""
+  """(results by split, metrics) on the first 1 / `share` of the batches.
+
+  A split's results are those at N passes, and "by_passes" those at each of
+  `sleep.evaluation_passes`. With `run.log_passes` the metrics have them too,
+  and what each pass did to S.
+  """
   results, metrics = {}, {}
   for split, batches in sets.items():
     some = batches[: math.ceil(len(batches) / share)]
-    judged, loss = evaluate(predict, params, split, some, modes)
-    results |= judged
+
+    def judged_at(passes, split=split, some=some):
+      at = functools.partial(predict, passes=np.int32(passes))
+      judged, loss = evaluate(at, params, split, some, modes)
+      return judged[split], loss
+
+    scores, loss = judged_at(config.sleep.passes)
+    scores["by_passes"] = {
+      str(n): judged_at(n)[0] for n in config.sleep.evaluation_passes
+    }
+    results[split] = scores
     metrics[f"eval/{split}/loss"] = loss
-    metrics[f"eval/{split}/accuracy"] = judged[split]["overall"]["accuracy"]
-    for depth, scores in judged[split]["depth"].items():
-      metrics[f"eval/{split}/depth_{depth}"] = scores["accuracy"]
+    metrics[f"eval/{split}/accuracy"] = scores["overall"]["accuracy"]
+    for depth, at_depth in scores["depth"].items():
+      metrics[f"eval/{split}/depth_{depth}"] = at_depth["accuracy"]
+    if not config.run.log_passes:
+      continue
+    metrics[f"sleep/{split}/passes"] = scores["sleep"]["passes"]
+    for n, at_pass in scores["sleep"]["by_pass"].items():
+      metrics[f"sleep/{split}/pass_{n}/norm"] = at_pass["norm"]
+      metrics[f"sleep/{split}/pass_{n}/change"] = at_pass["change"]
+    for n, woken in scores["by_passes"].items():
+      accuracy = woken["overall"]["accuracy"]
+      metrics[f"eval/{split}/passes_{n}/accuracy"] = accuracy
   return results, metrics
 
 
 def evaluate(predict, params, split: str, batches: list[Batch], modes) -> tuple:
   """(results, mean loss) of a split; `results` as `judging.judge` gives them.
 
+  Beside these stands "sleep": the mean number of "passes" of a sleep, and
+  "by_pass" the mean "norm" of S after it and relative "change" of S by it.
+
   An answer is right when all its tokens and the end token are the argmax,
   given the right tokens before them: exactly when greedy decoding writes it
   (`greedy_decode`), at the cost of one pass.
 
   Args:
-    predict: from `step.make_predict`.
+    predict: from `step.make_predict`, its passes given.
     params: the model's parameters.
     split: its name in the results.
     batches: the examples; rows without a masked place are padding.
     modes: the task's modes, which `Batch.mode` indexes.
   """
-  loss_sum, predictions = 0.0, []
+  loss_sum, predictions, sleeps = 0.0, [], []
   for batch in batches:
-    batch_loss, batch_predictions = predict(params, batch)
-    loss_sum += float(batch_loss)
-    predictions.append(np.asarray(batch_predictions))
+    prediction = predict(params, batch)
+    loss_sum += float(prediction.loss_sum)
+    predictions.append(np.asarray(prediction.predictions))
+    if prediction.slept is not None:
+      sleeps.append(jax.tree.map(np.asarray, prediction.slept))
   _, targets, mask, _, depth, mode = (
     np.concatenate(column) for column in zip(*batches, strict=True)
   )
@@ -95,7 +131,32 @@ def evaluate(predict, params, split: str, batches: list[Batch], modes) -> tuple:
     depth[used],
     [modes[i] for i in mode[used]],
   )
+  results[split]["sleep"] = _sleep_summary(sleeps)
   return results, loss_sum / int(mask.sum())
+
+
+def _sleep_summary(sleeps: list[Slept]) -> dict[str, Any]:
+  """Means over all rows that took a pass; see `evaluate`."""
+  if not sleeps or not any(x.passes.any() for x in sleeps):
+    return {"passes": 0.0, "by_pass": {}}
+  passes = np.concatenate([x.passes.ravel() for x in sleeps])
+  norms, changes = (
+    # [windows, N, B] -> [N, windows B]
+    np.concatenate(
+      [np.moveaxis(x, 1, 0).reshape(x.shape[1], -1) for x in arrays], axis=1
+    )
+    for arrays in zip(*((x.norms, x.changes) for x in sleeps), strict=True)
+  )
+  return {
+    "passes": float(passes[passes > 0].mean()),
+    "by_pass": {
+      str(n): {
+        "norm": float(norms[n - 1, passes >= n].mean()),
+        "change": float(changes[n - 1, passes >= n].mean()),
+      }
+      for n in range(1, passes.max() + 1)
+    },
+  }
 
 
 def greedy_decode(predict, params, batch: Batch) -> Any:
@@ -109,7 +170,7 @@ def greedy_decode(predict, params, batch: Batch) -> Any:
   inputs = np.where(rank > 1, 0, batch.inputs)
   written = np.zeros_like(batch.targets)
   for place in range(1, rank.max(initial=0) + 1):
-    _, predictions = predict(params, batch._replace(inputs=inputs))
+    predictions = predict(params, batch._replace(inputs=inputs)).predictions
     here = rank == place
     written = np.where(here, predictions, written)
     following = np.roll(here, 1, axis=1) & (rank == place + 1)

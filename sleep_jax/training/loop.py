@@ -1,6 +1,7 @@
 """The whole run of an experiment: data, training, judging, records."""
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -24,6 +25,7 @@ from sleep_jax.training.evaluate import (
 from sleep_jax.training.metrics import MetricsWriter
 from sleep_jax.training.step import (
   TrainState,
+  draw_passes,
   init_params,
   make_predict,
   make_train_step,
@@ -84,7 +86,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
   predict = make_predict(model, config)
 
   def judge(params, share: int = 1):
-    return evaluate_sets(predict, params, evaluation, task.modes, share)
+    return evaluate_sets(predict, params, evaluation, task.modes, share, config)
 
   with checkpoints.Checkpoints(folder) as saved:
     start, restored = 0, saved.restore_latest(*state, batches)
@@ -106,7 +108,10 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
       results, metrics = judge(state.params)
       writer.write(run.steps, metrics)
   judging.write_results(folder, results)
-  _show_examples(predict, state.params, evaluation, tokenizer)
+  predict_at_n = functools.partial(
+    predict, passes=np.int32(config.sleep.passes)
+  )
+  _show_examples(predict_at_n, state.params, evaluation, tokenizer)
   return results
 
 
@@ -149,7 +154,8 @@ def _steps(config, start, state, train_step, batches, judge, saved, writer):
     before = time.perf_counter()
     batch = next(batches)
     waited += time.perf_counter() - before
-    state, metrics = train_step(state, batch)
+    passes = draw_passes(config, step)
+    state, metrics = train_step(state, batch, passes)
     recent.append(metrics)
     if step == start + 1:
       jax.block_until_ready(metrics)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sleep_jax.config import ExperimentConfig
@@ -11,6 +12,7 @@ from sleep_jax.data.pipeline import Batch
 from sleep_jax.model.fast_weights import init_fast_weights
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.rollout import Rollout, rollout
+from sleep_jax.sleep import Slept, sleep_until
 
 
 class TrainState(NamedTuple):
@@ -31,7 +33,26 @@ def init_params(model: HybridLM, seed: int):
   )["params"]
 
 
-def run(model: HybridLM, config: ExperimentConfig, params, batch) -> Rollout:
+class Prediction(NamedTuple):
+  """What a model does with a batch: see `Rollout`."""
+
+  loss_sum: jax.Array
+  predictions: jax.Array
+  slept: Slept | None
+
+
+def draw_passes(config: ExperimentConfig, step: int) -> np.int32:
+  """N, or the number of passes drawn for a step where they are sampled."""
+  most = config.sleep.passes
+  if not config.sleep.sampled_passes:
+    return np.int32(most)
+  draw = np.random.default_rng((config.run.seed, step))
+  return draw.integers(1, most, endpoint=True, dtype=np.int32)
+
+
+def run(
+  model: HybridLM, config: ExperimentConfig, params, batch, **options
+) -> Rollout:
   """The rollout of a batch under the config's sleep."""
   return rollout(
     model,
@@ -40,8 +61,8 @@ def run(model: HybridLM, config: ExperimentConfig, params, batch) -> Rollout:
     batch.targets,
     batch.loss_mask,
     batch.valid,
-    window_length=config.sleep.window_length,
-    passes=config.sleep.passes,
+    config.sleep,
+    **options,
   )
 
 
@@ -55,7 +76,9 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   config: ExperimentConfig,
 ):
-  """(state, batch) -> (state, metrics), jitted; the old state is consumed.
+  """(state, batch, passes) -> (state, metrics), jitted.
+
+  The old state is consumed; `passes` are those of `draw_passes`.
 
   The loss is the mean cross-entropy (nats) over the batch's masked places,
   also where the batch is cut into `optimizer.accumulation_steps` parts. The
@@ -63,17 +86,19 @@ def make_train_step(
   """
   parts = config.optimizer.accumulation_steps
 
-  def loss_sum(params, part):
-    result = run(model, config, params, part)
+  def loss_sum(params, part, passes):
+    # Where they are known, rows are not asked whether they are done.
+    drawn = passes if config.sleep.sampled_passes else None
+    result = run(model, config, params, part, passes=drawn)
     right = exact(result.predictions, part.targets, part.loss_mask)
     return result.loss_sum, jnp.sum(right)
 
-  def accumulate(params, batch):
+  def accumulate(params, batch, passes):
     """(gradients, loss) summed over the batch, and the number of exact rows."""
     value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
 
     def add(totals, part):
-      (loss, right), gradients = value_and_grad(params, part)
+      (loss, right), gradients = value_and_grad(params, part, passes)
       return jax.tree.map(jnp.add, totals, (gradients, loss, right)), None
 
     cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
@@ -82,8 +107,8 @@ def make_train_step(
     totals = zeros, jnp.zeros((), loss_dtype), jnp.zeros((), jnp.int32)
     return jax.lax.scan(add, totals, cut)[0]
 
-  def train_step(state: TrainState, batch: Batch):
-    gradients, loss, right = accumulate(state.params, batch)
+  def train_step(state: TrainState, batch: Batch, passes):
+    gradients, loss, right = accumulate(state.params, batch, passes)
     count = jnp.sum(batch.loss_mask)
     gradients = jax.tree.map(lambda x: x / count, gradients)
     updates, optimizer_state = optimizer.update(
@@ -101,10 +126,22 @@ def make_train_step(
 
 
 def make_predict(model: HybridLM, config: ExperimentConfig):
-  """(params, batch) -> (loss sum, predictions [B, T]), jitted."""
+  """(params, batch, passes) -> `Prediction`, jitted.
 
-  def predict(params, batch: Batch):
-    result = run(model, config, params, batch)
-    return result.loss_sum, result.predictions
+  `passes` is at most the largest of N and `sleep.evaluation_passes`.
+  """
+  most = max((config.sleep.passes, *config.sleep.evaluation_passes))
+
+  def predict(params, batch: Batch, passes) -> Prediction:
+    result = run(
+      model,
+      config,
+      params,
+      batch,
+      passes=passes,
+      most_passes=most,
+      sleeper=sleep_until,
+    )
+    return Prediction(result.loss_sum, result.predictions, result.slept)
 
   return jax.jit(predict)
