@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
+CONFIG = config_flags.DEFINE_config_file(
   "config", help_string="config file, e.g. experiments/math.py:tiny"
 )
 _WORKDIR = flags.DEFINE_string(
@@ -32,7 +32,7 @@ def parse(argv: list[str]) -> list[str]:
     # What it raised comes with its traceback, the message last.
     lines = str(error).strip().splitlines()
     fail(lines[-1] if lines else type(error).__name__)
-  if _CONFIG.value is None:
+  if CONFIG.value is None:
     fail("--config is missing: give a file, as --config=experiments/math.py")
   if len(arguments) > 1:
     fail(f"unknown argument {arguments[1]!r}: use --config.LEAF=VALUE")
@@ -61,7 +61,7 @@ def main(_):
   name = "-".join(filter(None, [Path(name).stem, size]))
   folder = Path(_WORKDIR.value or f"runs/{name}")
   try:
-    results = loop.train(from_config_dict(_CONFIG.value), folder)
+    results = loop.train(from_config_dict(CONFIG.value), folder)
     print(judging.format_table(results))
   except (ValueError, OSError) as error:
     fail(error)

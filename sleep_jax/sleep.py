@@ -70,28 +70,29 @@ def sleep(
       makes the next cache.
   """
 
-  def scan(params, carry, first, last):
-    def one_pass(carry, n):
+  def scan(params, cache, carry, first, last):
+    def body(carry, n):
       active = passes - n <= row_passes
       keeps = _keeps(config, active, passes - n == row_passes)
-      return _one_pass(blocks, params, carry, cache, places, active, keeps)
-
-    def body(carry, n):
-      return one_pass(carry, n), None
+      carry = _one_pass(blocks, params, carry, cache, places, active, keeps)
+      return carry, None
 
     if config.remat_passes:
       body = jax.checkpoint(body, prevent_cse=False)
     return jax.lax.scan(body, carry, jnp.arange(first, last))[0]
 
-  start = h, state, cache
-  early = max(0, passes - config.gradient_passes)
-  if config.gradient_passes == 0 or early == 0:
-    return Slept(*scan(params, start, 0, passes), row_passes)
-  still = jax.lax.stop_gradient
-  end = scan(*still((params, start)), 0, early)
-  # The value of `end`, the gradient of `start`.
-  middle = jax.tree.map(lambda x, y: still(y) + (x - still(x)), start, end)
-  return Slept(*scan(params, middle, early, passes), row_passes)
+  early = passes - config.gradient_passes if config.gradient_passes else 0
+  if early > 0:
+    still = jax.lax.stop_gradient
+    *learnt, made = scan(*still((params, cache, (h, state, cache))), 0, early)
+    # The value of what was learnt, the gradient of what it started from.
+    h, state = jax.tree.map(
+      lambda x, y: still(y) + (x - still(x)), (h, state), tuple(learnt)
+    )
+  else:
+    early, made = 0, cache
+  carry = scan(params, cache, (h, state, made), early, passes)
+  return Slept(*carry, row_passes)
 
 
 def sleep_until(

@@ -15,34 +15,48 @@ def rms_norm(x, scale, eps):
   return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale
 
 
-def rope(x, theta):
+def rope(x, theta, position):
   """x [T, H, d]: pairs (i, i + d/2) as complex numbers, turned by position."""
-  length, _, d = x.shape
+  d = x.shape[-1]
   pairs = x[..., : d // 2] + 1j * x[..., d // 2 :]
-  angle = jnp.outer(jnp.arange(length), theta ** (-2 * jnp.arange(d // 2) / d))
+  angle = jnp.outer(position, theta ** (-2 * jnp.arange(d // 2) / d))
   turned = pairs * jnp.exp(1j * angle)[:, None]
   return jnp.concatenate([turned.real, turned.imag], -1)
 
 
-def attention(config, p, x):
-  """Causal grouped-query attention over x [T, D]: shared heads copied."""
+def attention(config, p, x, kept, window_length):
+  """(y [T, D], unturned (k, v)): causal, shared heads copied.
+
+  kept: unturned (k, v) of tokens just before, or None; a token sees those less
+  than a window before it.
+  """
   length, heads = x.shape[0], config.attention_heads
   q, k, v = (
     (x @ p[f"{name}_proj"]["kernel"]).reshape(length, -1, config.width // heads)
     for name in "qkv"
   )
+  own = k, v
+  if kept is not None:
+    k, v = (jnp.concatenate(pair) for pair in zip(kept, own, strict=True))
   shared = heads // config.key_value_heads
-  q, k = rope(q, config.rope_theta), rope(k, config.rope_theta)
+  position = jnp.arange(length)
+  seen = jnp.arange(length - len(k), length)
+  q = rope(q, config.rope_theta, position)
+  k = rope(k, config.rope_theta, seen)
   k, v = jnp.repeat(k, shared, 1), jnp.repeat(v, shared, 1)
   weights = jnp.exp(jnp.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5)
-  weights = jnp.tril(weights)
+  distance = position[:, None] - seen
+  weights = jnp.where((distance >= 0) & (distance < window_length), weights, 0)
   weights = weights / weights.sum(-1, keepdims=True)
   y = jnp.einsum("hts,shd->thd", weights, v).reshape(length, -1)
-  return y @ p["o_proj"]["kernel"]
+  return y @ p["o_proj"]["kernel"], own
 
 
-def gated_delta_net(config, p, x, state):
-  """(y [T, D], S [H, K, V]): a token at a time."""
+def gated_delta_net(config, p, x, state, history):
+  """(y [T, D], S [H, K, V], all that was convolved): a token at a time.
+
+  history: what was convolved before x [tokens, channels].
+  """
   length, heads = x.shape[0], config.fast_weight_heads
 
   def silu(z):
@@ -55,15 +69,21 @@ def gated_delta_net(config, p, x, state):
     "v": slice(2 * key_width, None),
   }
 
+  before = {} if history is None else history
+  projected = {}
+
   def convolved(name):
     y = x @ p[f"{name}_proj"]["kernel"]
+    if before:
+      y = jnp.concatenate([before[name], y])
+    projected[name] = y
     taps = p["qkv_conv"]["kernel"][:, channels[name]]
     # A matrix that moves the sequence back by one token.
-    later = jnp.eye(length, k=-1)
+    later = jnp.eye(len(y), k=-1)
     z, moved = 0.0, y
     for tap in taps[::-1]:
       z, moved = z + tap * moved, later @ moved
-    return silu(z).reshape(length, heads, -1)
+    return silu(z)[len(y) - length :].reshape(length, heads, -1)
 
   q, k, v = convolved("q"), convolved("k"), convolved("v")
   q = q / jnp.sqrt(jnp.sum(q**2, -1, keepdims=True) + 1e-6)
@@ -83,54 +103,111 @@ def gated_delta_net(config, p, x, state):
   o = jnp.stack(outputs) / config.key_dim**0.5
   o = rms_norm(o, p["o_norm"]["scale"], 1e-5).reshape(length, -1)
   y = o * silu(x @ p["g_proj"]["kernel"])
-  return y @ p["o_proj"]["kernel"], state
+  return y @ p["o_proj"]["kernel"], state, projected
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # small, compiled once
-def block(config, kind, p, h, state):
-  """(h [T, D], S) after one block."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # small, compiled once
+def block(config, window_length, kind, p, h, state, kept):
+  """(h [T, D], S, what a later window may keep) after one block."""
   x = rms_norm(h, p["mixer_norm"]["scale"], config.norm_eps)
   if kind == "attn":
-    y = attention(config, p["mixer"], x)
+    y, own = attention(config, p["mixer"], x, kept, window_length)
   else:
-    y, state = gated_delta_net(config, p["mixer"], x, state)
+    y, state, own = gated_delta_net(config, p["mixer"], x, state, kept)
   h = h + y
   x = rms_norm(h, p["mlp_norm"]["scale"], config.norm_eps)
   z = x @ p["mlp"]["gate_proj"]["kernel"]
   z = z / (1 + jnp.exp(-z)) * (x @ p["mlp"]["up_proj"]["kernel"])
-  return h + z @ p["mlp"]["down_proj"]["kernel"], state
+  return h + z @ p["mlp"]["down_proj"]["kernel"], state, own
 
 
-def blocks(config, params, h, states):
-  """One pass over h [T, D]; states: a list, one entry for each block."""
-  states, i = list(states), 0
-  for g, (kinds, repeats) in enumerate(config.pattern):
+def blocks(config, params, h, states, kept, groups, window_length):
+  """(h, S, own) after one pass of some groups over h [T, D].
+
+  states, kept, own: dicts from (group, repeat, place in the group).
+  """
+  states, own = dict(states), {}
+  for g in groups:
+    kinds, repeats = config.pattern[g]
     for r in range(repeats):
       for j, kind in enumerate(kinds):
         p = params[f"group_{g}"][f"{kind}_{j}"]
         p = jax.tree.map(lambda x, r=r: x[r], p)
-        h, states[i] = block(config, kind, p, h, states[i])
-        i += 1
-  return h, states
+        i = g, r, j
+        h, states[i], own[i] = block(
+          config, window_length, kind, p, h, states[i], kept.get(i)
+        )
+  return h, states, own
 
 
-def loss_sum(config, params, windows, passes):
+def loss_sum(config, params, windows, sleep):
   """(summed loss, S of each block) of one row by Algorithm 1.
 
-  windows: list of (inputs, targets, mask) without padding.
+  windows: list of (inputs, targets, mask) without padding, None for a window
+  that is all padding; sleep: a `SleepConfig`.
   """
-  count = sum(len(kinds) * repeats for kinds, repeats in config.pattern)
   zeros = jnp.zeros(
     (config.fast_weight_heads, config.key_dim, config.value_dim)
   )
-  states, total = [zeros] * count, 0.0
-  for inputs, targets, mask in windows:
-    h = params["embedding"]["embedding"][jnp.asarray(inputs)]
-    if not any(mask):
-      for _ in range(passes):
-        h, states = blocks(config, params, h, states)
+  kinds = {
+    (g, r, j): kind
+    for g, (group, repeats) in enumerate(config.pattern)
+    for r in range(repeats)
+    for j, kind in enumerate(group)
+  }
+  states, kept, total = dict.fromkeys(kinds, zeros), {}, 0.0
+  first, last = sleep.looped_groups or (0, len(config.pattern))
+  still = jax.lax.stop_gradient
+  learnt = params
+  for w, window in enumerate(windows):
+    params = learnt
+    if sleep.gradient_windows and len(windows) - w > sleep.gradient_windows:
+      params = still(learnt)
+    elif len(windows) - w == sleep.gradient_windows:
+      states, kept = still((states, kept))
+    if window is None:
       continue
-    h, states = blocks(config, params, h, states)
+    inputs, targets, mask = window
+    h = params["embedding"]["embedding"][jnp.asarray(inputs)]
+
+    def run(params, h, states, groups, kept=kept):
+      return blocks(
+        config, params, h, states, kept, groups, sleep.window_length
+      )
+
+    h, states, own = run(params, h, states, range(first))
+    passes = 1 if any(mask) else sleep.passes
+    truncated = 0
+    if sleep.gradient_passes:
+      truncated = max(0, passes - sleep.gradient_passes)
+    made = []
+    if truncated:
+      # What these passes add counts as a constant.
+      before = h, states
+      for _ in range(truncated):
+        h, states, looped = run(
+          still(params), *still((h, states)), range(first, last), still(kept)
+        )
+        made.append(looped)
+      h, states = jax.tree.map(
+        lambda old, new: old + still(new - old), before, (h, states)
+      )
+    for _ in range(passes - truncated):
+      h, states, looped = run(params, h, states, range(first, last))
+      made.append(looped)
+    own |= made[0 if sleep.kept_pass == "first" else -1]
+    h, states, late = run(params, h, states, range(last, len(config.pattern)))
+    kept = {
+      i: x
+      for i, x in (own | late).items()
+      if (
+        sleep.eviction == "sliding"
+        if kinds[i] == "attn"
+        else sleep.carry_convolution
+      )
+    }
+    if not any(mask):
+      continue
     x = rms_norm(h, params["final_norm"]["scale"], config.norm_eps)
     logits = x @ params["head"]["kernel"]
     for row, target, counts in zip(logits, targets, mask, strict=True):

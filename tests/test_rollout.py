@@ -61,7 +61,10 @@ ROWS_END_AWAKE = [windows[-1][0] == "p" for windows in ROWS.values()]
 
 
 def make_rows(seed=0):
-  """(batch arrays [B, 3 windows], the same rows as lists without padding)."""
+  """(batch arrays [B, 3 windows], the same rows as lists without padding).
+
+  A window that is all padding is None there.
+  """
   rng = np.random.default_rng(seed)
   shape = len(ROWS), 3 * WINDOW
   inputs = rng.integers(1, VOCABULARY, shape).astype(np.int32)
@@ -77,62 +80,135 @@ def make_rows(seed=0):
       valid[row, places] = True
       if kind == "p":
         mask[row, start + length // 2 : start + length] = True
-      if length:
-        pieces.append(
-          (inputs[row, places], targets[row, places], mask[row, places])
-        )
+      window = inputs[row, places], targets[row, places], mask[row, places]
+      pieces.append(window if length else None)
+    pieces += [None] * (3 - len(pieces))
     lists.append(pieces)
   return (inputs, targets, mask, valid), lists
 
 
+def sleep_config(passes, **settings):
+  return SleepConfig(passes=passes, window_length=WINDOW, **settings)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def run(model, params, arrays, passes):
-  sleep = SleepConfig(passes=passes, window_length=WINDOW)
+def run(model, params, arrays, sleep):
   return rollout(model, params, *arrays, sleep)
 
 
-@pytest.fixture(scope="module")
-def naive_answers():
-  """Parameters, and N -> (loss, gradients) of all rows by the naive loop."""
-  _, rows = make_rows()
+def mine_and_naive(config, sleep, dtype="float64"):
+  """(loss, gradients) by `rollout` and by the naive loop, of all rows."""
+  arrays, rows = make_rows()
 
-  def loss(params, passes):
-    return sum(
-      naive.loss_sum(CONFIG, params, windows, passes)[0] for windows in rows
-    )
+  def naive_loss(params):
+    return sum(naive.loss_sum(config, params, row, sleep)[0] for row in rows)
 
   with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-    _, params = make()
-    answers = {
-      passes: jax.value_and_grad(loss)(params, passes) for passes in (1, 3)
-    }
-    return jax.tree.map(np.asarray, (params, answers))
+    _, params = make(config)
+    expected = jax.value_and_grad(naive_loss)(params)
+  with jax.enable_x64(dtype == "float64"):
+    model = HybridLM(
+      dataclasses.replace(config, compute_dtype=dtype), VOCABULARY
+    )
+    params = jax.tree.map(lambda x: np.asarray(x, dtype), params)
+    mine = jax.jit(
+      jax.value_and_grad(lambda p: run(model, p, arrays, sleep).loss_sum)
+    )(params)
+  return jax.tree.map(np.asarray, (mine, expected))
+
+
+def assert_equal(mine, expected, tolerance):
+  """Losses to a relative tolerance, gradients to one of the largest."""
+  np.testing.assert_allclose(mine[0], expected[0], rtol=tolerance)
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(expected[1]))
+  for x, y in zip(
+    jax.tree.leaves(mine[1]), jax.tree.leaves(expected[1]), strict=True
+  ):
+    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * largest)
+
+
+# One block of each kind, and three groups of which the middle one is looped.
+SMALL = dataclasses.replace(CONFIG, pattern=((("attn", "gdn"), 1),))
+MIDDLE = dataclasses.replace(
+  CONFIG,
+  pattern=((("gdn", "attn"), 1), (("attn", "gdn"), 1), (("gdn", "attn"), 1)),
+)
 
 
 @pytest.mark.parametrize(
-  "passes, dtype, tolerance",
-  [(1, "float64", 1e-12), (3, "float64", 1e-12), (3, "float32", 1e-5)],
+  "config, sleep, dtype, tolerance",
+  [
+    (CONFIG, sleep_config(1), "float64", 1e-12),
+    (CONFIG, sleep_config(3), "float64", 1e-12),
+    (CONFIG, sleep_config(3), "float32", 1e-5),
+    pytest.param(
+      SMALL,
+      sleep_config(3, eviction="sliding", remat_passes=True),
+      *("float64", 1e-12),
+      id="sliding",
+    ),
+    pytest.param(
+      MIDDLE,
+      sleep_config(
+        2,
+        eviction="sliding",
+        kept_pass="first",
+        carry_convolution=True,
+        looped_groups=(1, 2),
+        remat_windows=True,
+      ),
+      *("float64", 1e-12),
+      id="a middle loop that keeps the first pass's keys",
+    ),
+    pytest.param(
+      SMALL,
+      sleep_config(3, gradient_passes=2, gradient_windows=2),
+      *("float64", 1e-12),
+      id="truncated",
+    ),
+    pytest.param(
+      SMALL,
+      sleep_config(
+        3,
+        eviction="sliding",
+        kept_pass="first",
+        gradient_passes=1,
+        gradient_windows=2,
+        remat_passes=True,
+        remat_windows=True,
+      ),
+      *("float64", 1e-12),
+      id="truncated and sliding",
+    ),
+  ],
 )
 def test_loss_and_gradients_equal_the_naive_loop(
-  naive_answers, passes, dtype, tolerance
+  config, sleep, dtype, tolerance
 ):
-  params, answers = naive_answers
-  expected_loss, expected = answers[passes]
-  with jax.enable_x64(dtype == "float64"):
-    model = HybridLM(
-      dataclasses.replace(CONFIG, compute_dtype=dtype), VOCABULARY
+  mine, expected = mine_and_naive(config, sleep, dtype)
+  assert_equal(mine, expected, tolerance)
+
+
+def test_truncation_changes_the_gradient_alone():
+  """And in a way that the rows show: else the tests above prove nothing."""
+  arrays, _ = make_rows()
+  model, params = make(dataclasses.replace(SMALL, compute_dtype="float32"))
+
+  def value_and_gradient(**settings):
+    sleep = sleep_config(3, **settings)
+    loss = jax.jit(
+      jax.value_and_grad(lambda p: run(model, p, arrays, sleep).loss_sum)
     )
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-    arrays, _ = make_rows()
-    loss, gradients = jax.jit(
-      jax.value_and_grad(lambda p: run(model, p, arrays, passes).loss_sum)
-    )(params)
-  np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
-  largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected))
-  for mine, theirs in zip(
-    jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True
-  ):
-    np.testing.assert_allclose(mine, theirs, rtol=0, atol=tolerance * largest)
+    return loss(params)
+
+  loss, whole = value_and_gradient()
+  for name in ("gradient_passes", "gradient_windows"):
+    same_loss, cut = value_and_gradient(**{name: 2})
+    np.testing.assert_allclose(same_loss, loss, rtol=1e-6)
+    difference = jax.tree.map(lambda x, y: np.abs(x - y).max(), whole, cut)
+    assert max(jax.tree.leaves(difference)) > 1e-3
+    _, uncut = value_and_gradient(**{name: 3})
+    assert_equal((0, uncut), (0, whole), 1e-6)
 
 
 def test_bfloat16_computes_low_and_keeps_state_and_gradients_high():
@@ -141,13 +217,13 @@ def test_bfloat16_computes_low_and_keeps_state_and_gradients_high():
   arrays, _ = make_rows()
 
   def loss(params):
-    result = run(model, params, arrays, 2)
+    result = run(model, params, arrays, sleep_config(2))
     return result.loss_sum, result.memory.state
 
   (low, state), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
     params
   )
-  high = run(exact, params, arrays, 2).loss_sum
+  high = run(exact, params, arrays, sleep_config(2)).loss_sum
   assert low != high
   np.testing.assert_allclose(low, high, rtol=0.02)
   for leaf in jax.tree.leaves((state, gradients)):
@@ -158,20 +234,22 @@ def test_each_row_gets_what_it_would_get_alone():
   with jax.enable_x64(True):
     model, params = make()
     arrays, rows = make_rows()
-    together = run(model, params, arrays, 2)
+    together = run(model, params, arrays, sleep_config(2))
     for row, windows in enumerate(rows):
-      alone = run(model, params, tuple(x[row : row + 1] for x in arrays), 2)
+      alone = run(
+        model, params, tuple(x[row : row + 1] for x in arrays), sleep_config(2)
+      )
       np.testing.assert_array_equal(
         together.predictions[row], alone.predictions[0]
       )
       with jax.numpy_rank_promotion("allow"):
-        _, states = naive.loss_sum(CONFIG, params, windows, 2)
+        _, states = naive.loss_sum(CONFIG, params, windows, sleep_config(2))
       # The last window's sleep is left out: nothing reads its S.
       if ROWS_END_AWAKE[row]:
         for result, at in ((together, row), (alone, 0)):
           for mine, theirs in (
-            (result.memory.state[0][1][0, at], states[1]),
-            (result.memory.state[0][1][1, at], states[3]),
+            (result.memory.state[0][1][0, at], states[0, 0, 1]),
+            (result.memory.state[0][1][1, at], states[0, 1, 1]),
           ):
             np.testing.assert_allclose(mine, theirs, atol=1e-12)
 
@@ -184,7 +262,9 @@ def test_one_pass_is_the_ordinary_hybrid():
     everywhere = np.ones_like(inputs, bool)
     mask = everywhere.copy()
     mask[:, : 2 * WINDOW] = False  # two windows sleep
-    mine = run(model, params, (inputs, targets, mask, everywhere), 1)
+    mine = run(
+      model, params, (inputs, targets, mask, everywhere), sleep_config(1)
+    )
     forward = jax.jit(model.apply)
     state = init_fast_weights(CONFIG, len(ROWS))
     for start in range(0, inputs.shape[1], WINDOW):
@@ -218,7 +298,9 @@ def test_nothing_but_the_fast_weights_crosses_a_boundary():
     )
     model, params = make(config)
     return [
-      run(model, params, (x, targets, mask, np.ones_like(mask)), 2).loss_sum
+      run(
+        model, params, (x, targets, mask, np.ones_like(mask)), sleep_config(2)
+      ).loss_sum
       for x in (inputs, other)
     ]
 
@@ -256,7 +338,7 @@ def test_the_graph_does_not_grow_with_passes_windows_or_depth():
     mask = jax.ShapeDtypeStruct((2, length), bool)
     params = jax.eval_shape(lambda: make(config)[1])
     gradient = jax.grad(
-      lambda p, *arrays: run(model, p, arrays, passes).loss_sum
+      lambda p, *arrays: run(model, p, arrays, sleep_config(passes)).loss_sum
     )
     return len(
       str(jax.make_jaxpr(gradient)(params, tokens, tokens, mask, mask))
