@@ -8,6 +8,7 @@ each after t steps of Rule 110 is asked (paper, section 5). Sizes:
     2 CPU cores.
   tiny: under a minute, for tests; learns nothing much.
   paper: 4 strings of 24 bits, t = 32, d = 256, 4 layers; for an accelerator.
+A comma adds a baseline of `sleep_jax/baselines.py`: `:pocket,deeper`.
 T counts the answer marker, the labels, and the end token after them: the
 paper's 100 tokens and one more.
 """
@@ -75,6 +76,6 @@ def paper() -> ExperimentConfig:
 SIZES = {"pocket": pocket, "tiny": tiny, "paper": paper}
 
 
-def get_config(size: str = "pocket"):
-  """The config of a size, as a `ConfigDict`."""
-  return sizes.select(SIZES, size)
+def get_config(selection: str = "pocket"):
+  """The config of "SIZE" or "SIZE,BASELINE", as a `ConfigDict`."""
+  return sizes.select(SIZES, selection)

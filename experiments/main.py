@@ -1,5 +1,6 @@
 """Runs an experiment: `python -m experiments.main --config=FILE[:SIZE]`.
 
+`FILE:SIZE,BASELINE` runs one of `sleep_jax/baselines.py` in its place.
 Any leaf of the config can be overridden: `--config.sleep.passes=4`. Exit code
 2, with one line, when the config, the data or the workdir cannot be used.
 """
@@ -14,7 +15,9 @@ CONFIG = config_flags.DEFINE_config_file(
   "config", help_string="config file, e.g. experiments/math.py:tiny"
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "folder of the run (default: runs/<config>[-<size>])"
+  "workdir",
+  None,
+  "folder of the run (default: runs/<config>[-<size>][-<baseline>])",
 )
 
 
@@ -58,7 +61,8 @@ def main(_):
   name, _, size = config_flags.get_config_filename(
     flags.FLAGS["config"]
   ).partition(":")
-  name = "-".join(filter(None, [Path(name).stem, size]))
+  # No comma: `experiments.figures` parts folders by it.
+  name = "-".join([Path(name).stem, *filter(None, size.split(","))])
   folder = Path(_WORKDIR.value or f"runs/{name}")
   try:
     results = loop.train(from_config_dict(CONFIG.value), folder)

@@ -7,6 +7,7 @@ Sizes, as in `--config=experiments/math.py:tiny`:
   tiny: under a minute, for tests; learns nothing much.
   evening: 40 minutes on 2 cores, as deep as it goes.
   ouro_1_4b, jet_nemotron_2b: the paper's models; not yet.
+A comma adds a baseline of `sleep_jax/baselines.py`: `:pocket,deeper`.
 """
 
 import dataclasses
@@ -85,10 +86,11 @@ SIZES = {"pocket": pocket, "evening": evening, "tiny": tiny}
 NOT_YET = ("ouro_1_4b", "jet_nemotron_2b")
 
 
-def get_config(size: str = "pocket"):
-  """The config of a size, as a `ConfigDict`."""
+def get_config(selection: str = "pocket"):
+  """The config of "SIZE" or "SIZE,BASELINE", as a `ConfigDict`."""
+  size = selection.split(",")[0]
   if size in NOT_YET:
     raise ValueError(
       f"size {size!r} is not there yet: it needs the pretrained model's import"
     )
-  return sizes.select(SIZES, size)
+  return sizes.select(SIZES, selection)

@@ -30,9 +30,28 @@ TINY_RUN = RunConfig(
 
 
 def select(
-  sizes: Mapping[str, Callable[[], ExperimentConfig]], size: str
+  sizes: Mapping[str, Callable[[], ExperimentConfig]], selection: str
 ) -> ml_collections.ConfigDict:
-  """The config of a size; ValueError names the sizes when it is none."""
+  """The config of "SIZE" or "SIZE,VARIANT,...", variants applied in order.
+
+  Overrides of the command line come after: they change the result, and what a
+  variant has matched is not matched anew.
+
+  Raises:
+    ValueError: a size or a variant that does not exist, with those that do; a
+      variant that cannot be made.
+  """
+  size, *names = selection.split(",")
   if size not in sizes:
     raise ValueError(f"unknown size {size!r}: one of {sorted(sizes)}")
-  return to_config_dict(sizes[size]())
+  config = sizes[size]()
+  if names:
+    # Not above: a mistyped size should not wait for the model's imports.
+    from sleep_jax.baselines import BASELINES
+
+    for name in names:
+      if name not in BASELINES:
+        raise ValueError(f"unknown variant {name!r}: one of {list(BASELINES)}")
+    for name in names:
+      config = BASELINES[name](config)
+  return to_config_dict(config)

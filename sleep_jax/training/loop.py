@@ -13,9 +13,8 @@ from absl import logging
 
 from sleep_jax.config import ExperimentConfig
 from sleep_jax.data import pipeline
-from sleep_jax.data.tokenizers import make_tokenizer
+from sleep_jax.data.source import task_and_tokenizer
 from sleep_jax.model.hybrid_lm import HybridLM
-from sleep_jax.tasks import make_task
 from sleep_jax.training import checkpoints, judging, optimizers, workdir
 from sleep_jax.training.evaluate import (
   evaluate_sets,
@@ -49,16 +48,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
   """
   # Data first: what is wrong with it should be known before compiling.
   run = config.run
-  task = make_task(
-    config.task,
-    config.data.path,
-    config.data.seed,
-    # The tokenizer may need the task's vocabulary: made next, called later.
-    lambda text: len(tokenizer.encode(text)),
-  )
-  tokenizer = make_tokenizer(
-    config.data.tokenizer, task.vocabulary, task.text_separator
-  )
+  task, tokenizer = task_and_tokenizer(config)
   layout = dict(
     length=config.data.length,
     window_length=config.sleep.window_length,
