@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_delta import api
 from sleep_jax.config import ExperimentConfig
 from sleep_jax.data.pipeline import Batch
 from sleep_jax.data.source import task_and_tokenizer
 from sleep_jax.flops import Flops, count_flops
 from sleep_jax.model.hybrid_lm import HybridLM
+from sleep_jax.model.update_rules import UPDATE_RULES
 from sleep_jax.training import optimizers
 from sleep_jax.training.step import TrainState, init_params, make_train_step
 
@@ -46,13 +46,15 @@ def train_step_flops(config: ExperimentConfig, vocabulary_size: int) -> Flops:
   mask: Any = jax.ShapeDtypeStruct(rows, jnp.bool_)
   label: Any = jax.ShapeDtypeStruct(rows[:1], jnp.int32)
   batch = Batch(tokens, tokens, mask, mask, label, label)
+  if "chunked_xla" in UPDATE_RULES[config.model.update_rule].implementations:
+    config = _replace(config, model=dict(implementation="chunked_xla"))
   model = HybridLM(config.model, vocabulary_size)
   optimizer = optimizers.optimizer(config.optimizer, max(config.run.steps, 1))
-  with api.preferring("chunked_xla"):
-    params = jax.eval_shape(lambda: init_params(model, config.run.seed))
-    state = TrainState(params, jax.eval_shape(optimizer.init, params))
-    step = make_train_step(model, optimizer, config)
-    return count_flops(step, state, batch)
+  params = jax.eval_shape(lambda: init_params(model, config.run.seed))
+  state = TrainState(params, jax.eval_shape(optimizer.init, params))
+  step = make_train_step(model, optimizer, config)
+  passes = jax.ShapeDtypeStruct((), jnp.int32)
+  return count_flops(step, state, batch, passes)
 
 
 def training_flops(config: ExperimentConfig) -> int:
@@ -84,15 +86,9 @@ def transformer(config: ExperimentConfig) -> ExperimentConfig:
 def full_cache(config: ExperimentConfig) -> ExperimentConfig:
   """The transformer that evicts nothing: one window holds the whole row.
 
-  The upper reference. Each row holds the same tokens; padding, which nothing
-  attends to, moves from before the context to behind the answer, and rotary
-  positions are relative.
+  The upper reference. Rows are laid out as for the given config.
   """
-  return _replace(
-    transformer(config),
-    sleep=dict(window_length=config.data.length),
-    data=dict(align_answer=False),
-  )
+  return _replace(transformer(config), sleep=dict(eviction="none"))
 
 
 def deeper(config: ExperimentConfig) -> ExperimentConfig:

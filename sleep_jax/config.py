@@ -348,6 +348,14 @@ class ExperimentConfig:
       )
 
 
+def _with_tuples(value):
+  if isinstance(value, dict):
+    return {name: _with_tuples(leaf) for name, leaf in value.items()}
+  if isinstance(value, list | tuple):
+    return tuple(map(_with_tuples, value))
+  return value
+
+
 def to_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
   """The same settings as a `ConfigDict`, open to overrides of equal type."""
   return ml_collections.ConfigDict(dataclasses.asdict(config))
@@ -355,6 +363,8 @@ def to_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
 
 def from_config_dict(config: Any) -> ExperimentConfig:
   """The checked `ExperimentConfig` of a `ConfigDict` or nested dict.
+
+  Lists count as tuples, so that what config.json holds can be read back.
 
   Raises:
     ValueError: unknown or missing leaves, or values out of bounds; one line
@@ -387,7 +397,7 @@ def from_config_dict(config: Any) -> ExperimentConfig:
     problems += [f"missing leaf {name}.{x}" for x in leaves - given.keys()]
     if given.keys() == leaves:
       try:
-        sections[name] = section_class(**given)
+        sections[name] = section_class(**_with_tuples(given))
       except ValueError as error:  # a task's settings check themselves
         problems += str(error).splitlines()
   if not problems:

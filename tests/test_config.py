@@ -1,6 +1,7 @@
 """Every wrong setting is named in one line, before anything compiles."""
 
 import dataclasses
+import json
 import resource
 import subprocess
 import sys
@@ -40,6 +41,17 @@ def test_sizes_that_are_not_there():
   [
     ("sleep.passes", 0, r"sleep.passes = 0: must be at least 1"),
     ("sleep.window_length", 0, r"sleep.window_length = 0"),
+    ("sleep.eviction", "soft", r"eviction = 'soft': one of .*'sliding'"),
+    ("sleep.eviction", "none", r"passes = 2: with .* set sleep.passes to 1"),
+    ("sleep.kept_pass", "middle", r"kept_pass = 'middle': one of"),
+    ("sleep.tolerance", -0.1, r"tolerance = -0.1: must be at least 0"),
+    ("sleep.tolerance", float("nan"), r"tolerance = nan"),
+    ("sleep.evaluation_passes", (1, 0), r"passes = \(1, 0\): .*\(1, 2, 4\)"),
+    ("sleep.looped_groups", (1, 1), r"groups = \(1, 1\): .*one after the last"),
+    ("sleep.looped_groups", (0, 2), r"groups = \(0, 2\): .* has 1 groups"),
+    ("sleep.gradient_passes", -1, r"gradient_passes = -1"),
+    ("sleep.gradient_windows", -1, r"gradient_windows = -1"),
+    ("model.implementation", "cuda", r"= 'cuda': .*'gated_delta' has .*tpu"),
     ("sleep.window_length", -3, r"sleep.window_length = -3"),
     ("data.length", 20, r"data.length = 20: .* sleep.window_length = 32"),
     ("data.batch_size", 0, r"data.batch_size = 0"),
@@ -91,6 +103,14 @@ def test_all_violations_come_in_one_error():
     from_config_dict(config)
   assert "sleep.passes" in str(error.value)
   assert "model.width" in str(error.value)
+
+
+def test_a_config_survives_its_json():
+  config = ExperimentConfig(
+    sleep=SleepConfig(evaluation_passes=(1, 4), looped_groups=(0, 1))
+  )
+  text = json.dumps(dataclasses.asdict(config))
+  assert from_config_dict(json.loads(text)) == config
 
 
 def test_no_config_can_be_made_that_is_wrong():

@@ -15,7 +15,7 @@ from sleep_jax.tasks import make_task
 from sleep_jax.tasks.gsm_infinite import GsmInfiniteConfig
 from sleep_jax.tasks.gsm_infinite.__main__ import main as gsm_infinite
 from sleep_jax.training import checkpoints, loop
-from sleep_jax.training.step import init_params
+from sleep_jax.training.step import draw_passes, init_params
 
 CONFIG = automaton.tiny()
 CONFIG = dataclasses.replace(
@@ -215,3 +215,58 @@ def test_a_started_run_needs_what_it_started_from_no_more(finished, tmp_path):
   results = loop.train(config, tmp_path / "run")
   shutil.rmtree(source)
   assert loop.train(config, tmp_path / "run") == results
+
+
+def test_passes_that_training_never_used_are_judged(finished, tmp_path):
+  """Each as a run of that N judges the same parameters."""
+
+  def judged(name, run=(), **sleep):
+    config = dataclasses.replace(
+      CONFIG,
+      sleep=dataclasses.replace(CONFIG.sleep, **sleep),
+      run=dataclasses.replace(
+        CONFIG.run,
+        steps=0,
+        init_from=str(finished[0]),
+        evaluation_examples=32,
+        **dict(run),
+      ),
+    )
+    return loop.train(config, tmp_path / name)
+
+  log = dict(log_passes=True)
+  results = judged("many", log, evaluation_passes=(1, 3))["heldout"]
+  assert results["sleep"]["passes"] == 2
+  assert list(results["by_passes"]) == ["1", "3"]
+  for n, scores in results["by_passes"].items():
+    alone = judged(f"n{n}", passes=int(n))["heldout"]
+    assert scores["overall"] == alone["overall"]
+    assert (
+      scores["sleep"]["passes"] == int(n) == len(scores["sleep"]["by_pass"])
+    )
+    for at_pass, same in zip(
+      scores["sleep"]["by_pass"].values(),
+      alone["sleep"]["by_pass"].values(),
+      strict=True,
+    ):
+      assert at_pass == pytest.approx(same, rel=1e-4)
+  (line,) = lines(tmp_path / "many")
+  assert (
+    line["eval/heldout/passes_3/accuracy"]
+    == (results["by_passes"]["3"]["overall"]["accuracy"])
+  )
+  assert line["sleep/heldout/pass_2/change"] > 0
+  # One pass is enough where any change will do.
+  patient = judged("adaptive", tolerance=100.0)["heldout"]
+  assert patient["sleep"]["passes"] == 1
+
+
+def test_sampled_passes_are_drawn_anew_and_reproducibly():
+  config = dataclasses.replace(
+    CONFIG,
+    sleep=dataclasses.replace(CONFIG.sleep, passes=3, sampled_passes=True),
+  )
+  drawn = [int(draw_passes(config, step)) for step in range(1, 200)]
+  assert drawn == [int(draw_passes(config, step)) for step in range(1, 200)]
+  assert set(drawn) == {1, 2, 3} and 45 < drawn.count(2) < 90
+  assert {int(draw_passes(CONFIG, step)) for step in range(9)} == {2}

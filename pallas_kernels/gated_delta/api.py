@@ -1,7 +1,5 @@
 """The door to the gated delta rule."""
 
-import contextlib
-import contextvars
 import functools
 
 import jax
@@ -28,23 +26,6 @@ CANNOT_SERVE = {
   "pallas_gpu": pallas_gpu.cannot_serve,
 }
 
-_PREFERRED: contextvars.ContextVar[str | None] = contextvars.ContextVar(
-  "preferred", default=None
-)
-
-
-@contextlib.contextmanager
-def preferring(implementation: str):
-  """Within it `implementation=None` means this one.
-
-  For what must not depend on the machine, such as a count of operations.
-  """
-  token = _PREFERRED.set(implementation)
-  try:
-    yield
-  finally:
-    _PREFERRED.reset(token)
-
 
 def gated_delta_rule(
   q, k, v, g, beta, initial_state, *, implementation: str | None = None
@@ -70,7 +51,6 @@ def gated_delta_rule(
       "pallas_tpu" or "pallas_gpu" (Hopper). None picks the kernel of the
       default backend if it serves these shapes and dtypes and has passed its
       `trial` on this device, else "chunked_xla"; a debug log says why.
-      `preferring` changes what None picks.
 
   Returns:
     o in v's dtype, final_state in initial_state's dtype.
@@ -81,8 +61,6 @@ def gated_delta_rule(
       a positive g (where its values are known: not under jit). A kernel that is
       forced on another kind of device is refused by Pallas when it is compiled.
   """
-  if implementation is None:
-    implementation = _PREFERRED.get()
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(
       f"unknown implementation {implementation!r}: one of "
