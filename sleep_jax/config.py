@@ -348,7 +348,7 @@ class ExperimentConfig:
       )
 
 
-def _with_tuples(value):
+def _with_tuples(value: Any) -> Any:
   if isinstance(value, dict):
     return {name: _with_tuples(leaf) for name, leaf in value.items()}
   if isinstance(value, list | tuple):

@@ -79,15 +79,6 @@ def run_window(
   """
   first, last = sleep_config.looped_groups or (0, len(model.config.pattern))
   places = window(valid, sleep_config.window_length, memory.cached)
-
-  def blocks(groups):
-    def run(params, h, state, cache, places):
-      return model.apply(
-        {"params": params}, h, state, cache, places, groups, method="blocks"
-      )
-
-    return run
-
   before, looped, after = (
     slice(0, first),
     slice(first, last),
@@ -99,8 +90,10 @@ def run_window(
   def once(h, groups):
     if not memory.state[groups]:
       return h
-    h, new_state, new_cache = blocks(groups)(
-      params, h, memory.state[groups], memory.cache[groups], places
+    h, new_state, new_cache = model.apply(
+      {"params": params},
+      *(h, memory.state[groups], memory.cache[groups], places, groups),
+      method="blocks",
     )
     state.extend(new_state)
     cache.extend(new_cache)
@@ -108,7 +101,7 @@ def run_window(
 
   h = once(h, before)
   slept = sleeper(
-    blocks(looped),
+    model,
     params,
     h,
     memory.state[looped],
@@ -117,6 +110,7 @@ def run_window(
     row_passes,
     passes,
     sleep_config,
+    looped,
   )
   state.extend(slept.state)
   cache.extend(slept.cache)

@@ -40,7 +40,7 @@ class Slept(NamedTuple):
 
 
 def sleep(
-  blocks,
+  model,
   params,
   h: Hidden,
   state,
@@ -49,6 +49,7 @@ def sleep(
   row_passes: Counts,
   passes: int,
   config: SleepConfig,
+  groups: slice = slice(None),
 ) -> Slept:
   """A sleep to be differentiated: a `lax.scan` over N passes.
 
@@ -58,17 +59,19 @@ def sleep(
   embeddings and earlier windows still learn.
 
   Args:
-    blocks: (params, h, state, cache, places) -> (h, state, cache).
-    params: the model's parameters.
+    model: a `HybridLM`.
+    params: its parameters.
     h: embedded window [B, L, D].
-    state: fast weights at the window's start.
-    cache: kept from before the window.
+    state: fast weights of the looped groups at the window's start.
+    cache: what these have kept from before the window.
     places: where the window's tokens stand.
     row_passes: passes of each row [B], 1..N.
     passes: N >= 1.
     config: which passes are differentiated and rematerialised, and which one
       makes the next cache.
+    groups: of the model's pattern, that are looped; all of them.
   """
+  blocks = _blocks(model, groups)
 
   def scan(params, cache, carry, first, last):
     def body(carry, n):
@@ -96,7 +99,7 @@ def sleep(
 
 
 def sleep_until(
-  blocks,
+  model,
   params,
   h: Hidden,
   state,
@@ -105,6 +108,7 @@ def sleep_until(
   row_passes: Counts,
   passes: int,
   config: SleepConfig,
+  groups: slice = slice(None),
 ) -> Slept:
   """A sleep that stops early: for evaluation and sessions, not for gradients.
 
@@ -113,6 +117,7 @@ def sleep_until(
   Arguments as those of `sleep`; `Slept.norms` and `changes` are given.
   """
   batch = h.shape[0]
+  blocks = _blocks(model, groups)
 
   def unfinished(loop):
     n, active, _ = loop
@@ -152,6 +157,13 @@ def sleep_until(
     unfinished, one_pass, (jnp.zeros((), jnp.int32), row_passes > 0, start)
   )
   return slept
+
+
+def _blocks(model, groups):
+  def run(params, *arrays):
+    return model.apply({"params": params}, *arrays, groups, method="blocks")
+
+  return run
 
 
 def _one_pass(blocks, params, carry, cache, places, active: Rows, keeps: Rows):
