@@ -23,31 +23,52 @@ from tests.test_rollout import (
 FLOAT32 = dataclasses.replace(SMALL, compute_dtype="float32")
 
 
-def one_sleep(sleeper, config, row_passes, passes, *, sleep=None):
-  """(`Slept` of four rows of which one is half padding, arguments)."""
-  model, params = make(config)
+MOST = 6
+
+
+@functools.cache
+def made(config):
+  return make(config)
+
+
+@functools.cache
+def compiled(sleeper, passes, settings):
+  model, _ = made(FLOAT32)
+
+  def run(params, memory, tokens, valid, row_passes):
+    arrays = params, tokens, memory, valid, row_passes
+    return run_window(model, *arrays, passes, settings, sleeper)[2]
+
+  return jax.jit(run)
+
+
+def one_sleep(sleeper, row_passes, passes=MOST, tolerance=0.0):
+  """`Slept` of four rows, of which one begins with padding."""
+  model, params = made(FLOAT32)
+  settings = sleep_config(passes, tolerance=tolerance)
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, VOCABULARY, (4, WINDOW)).astype(np.int32)
   valid = np.ones(tokens.shape, bool)
   valid[3, 0] = False
-  sleep = sleep or sleep_config(passes)
-  memory = init_memory(model, 4, sleep)
+  memory = init_memory(model, 4, settings)
   state = jax.tree.map(
     lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), memory.state
   )
-  memory = memory._replace(state=state)
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def run(model, params, memory, row_passes):
-    return run_window(
-      *(model, params, tokens, memory, valid),
-      *(row_passes, passes, sleep, sleeper),
-    )
-
-  h, memory, slept = run(
-    model, params, memory, np.asarray(row_passes, np.int32)
+  return compiled(sleeper, passes, settings)(
+    params,
+    memory._replace(state=state),
+    *(tokens, valid, np.asarray(row_passes, np.int32)),
   )
-  return slept
+
+
+def assert_rows_equal(one, other, rows):
+  """h and S of these rows."""
+  rows = np.asarray(rows)
+  np.testing.assert_allclose(one.h[rows], other.h[rows], atol=1e-6)
+  for x, y in zip(
+    jax.tree.leaves(one.state), jax.tree.leaves(other.state), strict=True
+  ):
+    np.testing.assert_allclose(x[:, rows], y[:, rows], atol=1e-6)
 
 
 def norms(state):
@@ -62,41 +83,30 @@ def norms(state):
 
 def test_rows_take_the_passes_that_they_are_given():
   """Scanned and while alike: row i of a mixed batch as if all were like it."""
-  mixed = one_sleep(sleep, FLOAT32, [1, 3, 2, 3], 3)
-  until = one_sleep(sleep_until, FLOAT32, [1, 3, 2, 3], 3)
+  mixed = one_sleep(sleep, [1, 3, 2, 3], 3)
+  until = one_sleep(sleep_until, [1, 3, 2, 3])
   np.testing.assert_array_equal(until.passes, [1, 3, 2, 3])
-  for x, y in zip(
-    jax.tree.leaves((mixed.h, mixed.state)),
-    jax.tree.leaves((until.h, until.state)),
-    strict=True,
-  ):
-    np.testing.assert_allclose(x, y, atol=1e-6)
-  for passes in (1, 2, 3):
-    alike = one_sleep(sleep, FLOAT32, [passes] * 4, passes)
-    for row in np.flatnonzero(np.asarray([1, 3, 2, 3]) == passes):
-      np.testing.assert_allclose(mixed.h[row], alike.h[row], atol=1e-6)
-      for x, y in zip(
-        jax.tree.leaves(mixed.state), jax.tree.leaves(alike.state), strict=True
-      ):
-        np.testing.assert_allclose(x[:, row], y[:, row], atol=1e-6)
+  assert_rows_equal(mixed, until, range(4))
+  for passes, rows in {1: [0], 2: [2], 3: [1, 3]}.items():
+    assert_rows_equal(mixed, one_sleep(sleep_until, [passes] * 4), rows)
+  # A scan over as many passes as all rows take.
+  assert_rows_equal(mixed, one_sleep(sleep, [1] * 4, 1), [0])
 
 
 def test_a_row_without_passes_keeps_its_state():
-  still = one_sleep(sleep_until, FLOAT32, [0, 2, 0, 1], 2)
-  moved = one_sleep(sleep_until, FLOAT32, [2, 2, 2, 1], 2)
-  never = one_sleep(sleep_until, FLOAT32, [0, 0, 0, 0], 2)
-  for x, y, z in zip(
-    *map(jax.tree.leaves, (still.state, moved.state, never.state)), strict=True
-  ):
-    np.testing.assert_array_equal(x[:, [0, 2]], z[:, [0, 2]])
-    np.testing.assert_allclose(x[:, [1, 3]], y[:, [1, 3]], atol=1e-6)
-    assert np.abs(x[:, 1] - z[:, 1]).max() > 1e-3
+  still = one_sleep(sleep_until, [0, 2, 0, 1])
+  moved = one_sleep(sleep_until, [2, 2, 2, 1])
+  never = one_sleep(sleep_until, [0, 0, 0, 0])
+  assert_rows_equal(still, never, [0, 2])
+  assert_rows_equal(still, moved, [1, 3])
+  (x, *_), (y, *_) = map(jax.tree.leaves, (still.state, never.state))
+  assert np.abs(x[:, 1] - y[:, 1]).max() > 1e-3
 
 
 def test_what_each_pass_did_to_the_fast_weights():
   """Norms and changes against those of shorter sleeps, in numpy."""
-  slept = one_sleep(sleep_until, FLOAT32, [4, 4, 4, 2], 4)
-  states = [one_sleep(sleep_until, FLOAT32, [n] * 4, 4).state for n in range(5)]
+  slept = one_sleep(sleep_until, [4, 4, 4, 2])
+  states = [one_sleep(sleep_until, [n] * 4).state for n in range(5)]
   for n in range(1, 5):
     change = jax.tree.map(lambda x, y: x - y, states[n], states[n - 1])
     norm = norms(states[n])
@@ -110,31 +120,24 @@ def test_what_each_pass_did_to_the_fast_weights():
 
 def test_sleep_stops_when_the_fast_weights_stop_changing():
   """Each row by itself: where its own change first is at most the tolerance."""
-  whole = one_sleep(sleep_until, FLOAT32, [6] * 4, 6)
+  whole = one_sleep(sleep_until, [MOST] * 4)
   changes = np.asarray(whole.changes)
   # Between two rows' changes by their third pass: these rows then differ.
   low, high = np.sort(changes[2])[[1, 2]]
   tolerance = float(np.sqrt(low * high))
   expected = [
-    next((n for n in range(1, 6) if column[n - 1] <= tolerance), 6)
+    next((n for n in range(1, MOST) if column[n - 1] <= tolerance), MOST)
     for column in changes.T
   ]
   assert len(set(expected)) > 1
-  config = sleep_config(6, tolerance=tolerance)
-  stopped = one_sleep(sleep_until, FLOAT32, [6] * 4, 6, sleep=config)
+  stopped = one_sleep(sleep_until, [MOST] * 4, tolerance=tolerance)
   np.testing.assert_array_equal(stopped.passes, expected)
-  told = one_sleep(sleep_until, FLOAT32, expected, 6)
-  for x, y in zip(
-    jax.tree.leaves((stopped.h, stopped.state)),
-    jax.tree.leaves((told.h, told.state)),
-    strict=True,
-  ):
-    np.testing.assert_allclose(x, y, atol=1e-6)
+  assert_rows_equal(stopped, one_sleep(sleep_until, expected), range(4))
 
 
 def test_a_drawn_number_of_passes_is_that_number():
   """Values and gradients with N = 3 and two passes drawn are those of N = 2."""
-  model, params = make(FLOAT32)
+  model, params = made(FLOAT32)
   arrays, _ = make_rows()
 
   @functools.partial(jax.jit, static_argnums=0)
@@ -208,7 +211,7 @@ def test_how_far_back_attention_sees(eviction, passes, far):
 def test_nothing_else_crosses_a_boundary(eviction):
   """With S and the kept tokens cut off, nothing of a window reaches the next;
   each of them alone lets something through."""
-  model, params = make(FLOAT32)
+  model, params = made(FLOAT32)
   settings = sleep_config(2, eviction=eviction)
   rng = np.random.default_rng(0)
   first, second = rng.integers(0, VOCABULARY, (2, 2, WINDOW)).astype(np.int32)
