@@ -12,8 +12,10 @@ with the stacked states [m K, V] serves all m heads, and the layout [B, T, H K]
 in which projections write needs no transpose. Long chunks have m = 1.
 
 A step of the grid works on several tiles, phase by phase, so that one tile's
-products hide the latency of another's; between phases values lie in VMEM, not
-in registers.
+products hide the latency of another's. A phase is a region of its own for the
+compiler: without borders it mixes phases until registers spill. Between phases
+values lie in VMEM, in float32, for the tiles of bfloat16 in memory are not
+those of the matrix unit before v6e.
 
 The backward kernel walks over the chunks twice: forward to rebuild the start
 state, the inverse and the corrected values of each, which stay in VMEM, then
@@ -168,8 +170,8 @@ class Layout:
     """Product of two sums of parts in float32, without low times low.
 
     A part of ys is loaded into the matrix unit once, for all parts of xs.
-    Operands are float32 and rounded here: bfloat16 in memory or in between
-    costs the vector unit more, as its tiles are not the matrix unit's.
+    Operands are float32 and rounded here, where nothing but the product uses
+    them: else the compiler takes them through tiles of another shape.
     """
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     precision = (
@@ -259,7 +261,7 @@ def _start(index, size):
 class _Scratch(NamedTuple):
   """What a step keeps of its tiles between phases, in VMEM, by tile.
 
-  P = parts of an operand: 2 of bfloat16, or 1 of float32.
+  The backward walk puts gradients in place of what it needs no more.
   """
 
   keys: Any  # K above Q [2 M, m K]
@@ -270,8 +272,10 @@ class _Scratch(NamedTuple):
   inverse: Any  # T [M, M]
   corrected: Any  # E [M, V]
   read: Any  # c gamma * Q S [M, V]; backward dE, then dX
-  onto_state: Any = None  # backward: what reaches K S above Q S [2 M, V]
-  onto_keys: Any = None  # backward: dK as reader above dQ [2 M, m K]
+  # Backward alone: what reaches K S above Q S [2 M, V], dK as reader above dQ
+  # [2 M, m K].
+  onto_state: Any = None
+  onto_keys: Any = None
 
   @classmethod
   def shapes(cls, layout, chunks=None):
@@ -706,14 +710,7 @@ def _transpose_reads(layout, tile, scratch, before_ref, d_q_ref):
   d_q_ref[tile.row, :, tile.keys] = d_q.astype(d_q_ref.dtype)
 
 
-def _transpose_writes(
-  layout,
-  tile,
-  scratch,
-  gates_ref,
-  d_after_ref,
-  d_k_ref,
-):
+def _transpose_writes(layout, tile, scratch, gates_ref, d_after_ref, d_k_ref):
   """dK; in place of dK as reader and dQ, what of them reaches the decays."""
   t, size = tile.number, layout.tile
   keys, onto_keys = scratch.keys[t], scratch.onto_keys[t]
