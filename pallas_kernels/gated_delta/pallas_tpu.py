@@ -12,8 +12,10 @@ with the stacked states [m K, V] serves all m heads, and the layout [B, T, H K]
 in which projections write needs no transpose. Long chunks have m = 1.
 
 A step of the grid works on several tiles, phase by phase, so that one tile's
-products hide the latency of another's; between phases values lie in VMEM, not
-in registers.
+products hide the latency of another's. A phase is a region of its own for the
+compiler: without borders it mixes phases until registers spill. Between phases
+values lie in VMEM, in float32, for the tiles of bfloat16 in memory are not
+those of the matrix unit before v6e.
 
 The backward kernel walks over the chunks twice: forward to rebuild the start
 state, the inverse and the corrected values of each, which stay in VMEM, then
@@ -42,7 +44,7 @@ TILES = (4, 2, 1)
 # For the scratch of a kernel, of the 16 MiB that compilers grant by default.
 VMEM_BYTES = 13 * 2**20
 # Blocks of the inverse by substitution have at most this many rows.
-SUBSTITUTED = 32
+SUBSTITUTED = 24
 # Rows of `gates`: the running total of g, beta, the chunk's whole total; a
 # tile of float32 has 8.
 GATES = 8
@@ -90,8 +92,6 @@ class Layout:
 
   def pack(self, x):
     """[C, m K] -> [m C, m K], zero outside a head's own lanes."""
-    if self.packed == 1:
-      return x
     x = jnp.concatenate([x.astype(jnp.float32)] * self.packed, axis=0)
     row, lane = _iotas(x.shape)
     for i in range(1, self.packed):
@@ -148,18 +148,106 @@ class Layout:
       axis=0,
     )
 
+  def until_end(self, gates, total):
+    """exp(G_C - G) [M, *] of G in all lanes."""
+    ends = [
+      jnp.broadcast_to(gates[2:3, i : i + 1], (self.chunk, total.shape[1]))
+      for i in range(0, self.tile, self.chunk)
+    ]
+    return jnp.exp(jnp.concatenate(ends, axis=0) - total)
+
   def parts(self, x, count):
-    """x as a sum of bfloat16 arrays, or as it is where products are exact."""
-    if self.exact:
-      return (x.astype(jnp.float32),)
-    high = x.astype(jnp.bfloat16)
-    if count == 1 or x.dtype == jnp.bfloat16:
-      return (high,)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    """x as a sum of `count` arrays for `dot`, or as it is for exact products.
+
+    The upper 16 bits of a float32 are a bfloat16; what is left fits another.
+    """
+    if self.exact or count == 1:
+      return (x,)
+    high = _upper(x)
+    return high, x - high
+
+  def dot(self, xs, ys, contract=(1, 0)):
+    """Product of two sums of parts in float32, without low times low.
+
+    A part of ys is loaded into the matrix unit once, for all parts of xs.
+    Operands are float32 and rounded here, where nothing but the product uses
+    them: else the compiler takes them through tiles of another shape.
+    """
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    precision = (
+      jax.lax.Precision.HIGHEST if self.exact else jax.lax.Precision.DEFAULT
+    )
+    products = []
+    for j, y in enumerate(ys):
+      used = xs[: max(len(xs), len(ys)) - j]
+      both = jax.lax.dot_general(
+        jnp.concatenate(used, axis=1 - contract[0]).astype(self.dtype),
+        y.astype(self.dtype),
+        dimensions,
+        precision,
+        preferred_element_type=jnp.float32,
+      )
+      products += jnp.split(both, len(used), axis=0)
+    return functools.reduce(jnp.add, reversed(products))
 
 
 def _iotas(shape):
   return [jax.lax.broadcasted_iota(jnp.int32, shape, i) for i in (0, 1)]
+
+
+class _Phases:
+  """Runs functions of all tiles, each in a region of its own, if `wanted`.
+
+  Each has one more condition that always holds and that the compiler does not
+  see through: it neither moves work across nor keeps values in registers.
+  """
+
+  def __init__(self, layout, tiles):
+    self.layout, self.tiles = layout, tiles
+    self.wanted, self.count = True, 0
+
+  def run(self, function, *args, **kwargs):
+    self.count += 1
+    opaque = pl.program_id(0) > -self.count
+
+    @pl.when(self.wanted & opaque)
+    def _():
+      function(self.layout, self.tiles, *args, **kwargs)
+
+  def each(self, function, *args, **kwargs):
+    def every(layout, tiles):
+      for tile in tiles:
+        function(layout, tile, *args, **kwargs)
+
+    self.run(every)
+
+
+def _upper(x):
+  """x rounded to its upper 16 bits, a bfloat16, still as float32."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+  return jax.lax.bitcast_convert_type(
+    bits + (1 << 15) & -(1 << 16), jnp.float32
+  )
+
+
+def _columns(gates):
+  """The first two rows of gates [GATES, M] as columns in all lanes.
+
+  A product with ones, exact in three parts, where the matrix unit has time:
+  spreading columns over lanes would take the permute units longer.
+  """
+  high = _upper(gates)
+  middle = _upper(gates - high)
+  parts = jnp.concatenate([high, middle, gates - high - middle], axis=0)
+  row, lane = _iotas((3 * GATES, 2 * LANES))
+  ones = (row & GATES - 1) == (lane >= LANES).astype(jnp.int32)
+  both = jax.lax.dot_general(
+    parts.astype(jnp.bfloat16),
+    ones.astype(jnp.float32).astype(jnp.bfloat16),
+    (((0,), (0,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+  return jnp.split(both, 2, axis=1)
 
 
 def _start(index, size):
@@ -170,82 +258,59 @@ def _start(index, size):
   return start
 
 
-def _dot(xs, ys, contract=(1, 0)):
-  """Product of two sums of parts in float32, without low times low.
-
-  A part of ys is loaded into the matrix unit once, for all parts of xs.
-  """
-  dimensions = (((contract[0],), (contract[1],)), ((), ()))
-  exact = xs[0].dtype == jnp.float32
-  precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
-  products = []
-  for j, y in enumerate(ys):
-    used = xs[: max(len(xs), len(ys)) - j]
-    both = jax.lax.dot_general(
-      jnp.concatenate(used, axis=1 - contract[0]),
-      y,
-      dimensions,
-      precision,
-      preferred_element_type=jnp.float32,
-    )
-    products += jnp.split(both, len(used), axis=0)
-  return functools.reduce(jnp.add, reversed(products))
-
-
 class _Scratch(NamedTuple):
   """What a step keeps of its tiles between phases, in VMEM, by tile.
 
-  P = parts of an operand: 2 of bfloat16, or 1 of float32.
+  The backward walk puts gradients in place of what it needs no more.
   """
 
-  keys: Any  # K above Q, operands [2 M, m K]
-  columns: Any  # G, beta, G_C by token, in all of 128 lanes [3, M, LANES]
+  keys: Any  # K above Q [2 M, m K]
+  columns: Any  # G, beta by token, in all of 128 lanes [2, M, LANES]
   decay: Any  # D [M, M]
   similarity: Any  # D * K K^T below the diagonal [M, M]
-  attention: Any  # P = c D * Q K^T, operand [M, M]
-  inverse: Any  # T [P, M, M]
-  corrected: Any  # E, operand [M, V]
-  written: Any  # delta * E [P, M, V]
-  read: Any  # c gamma * Q S [M, V]
+  attention: Any  # P = c D * Q K^T [M, M]
+  inverse: Any  # T [M, M]
+  corrected: Any  # E [M, V]
+  read: Any  # c gamma * Q S [M, V]; backward dE, then dX
+  # Backward alone: what reaches K S above Q S [2 M, V], dK as reader above dQ
+  # [2 M, m K].
+  onto_state: Any = None
+  onto_keys: Any = None
 
   @classmethod
   def shapes(cls, layout, chunks=None):
     """The arrays to allocate; of `chunks`, what the backward walk keeps."""
     tiles, tile = layout.rows * layout.groups, layout.tile
-    parts = 1 if layout.exact else 2
 
-    def array(*shape, dtype=jnp.float32, kept=()):
-      return pltpu.VMEM((*kept, tiles, *shape), dtype)
+    def array(*shape, kept=()):
+      return pltpu.VMEM((*kept, tiles, *shape), jnp.float32)
 
-    operand = functools.partial(array, dtype=layout.dtype)
-    kept = (chunks,) if chunks else ()
+    kept, backward = (), {}
+    if chunks:
+      kept = (chunks,)
+      backward = {
+        "onto_state": array(2 * tile, layout.value_dim),
+        "onto_keys": array(2 * tile, layout.packed * layout.key_dim),
+      }
 
-    return cls(
-      keys=operand(2 * tile, layout.packed * layout.key_dim),
-      columns=array(3, tile, LANES),
+    shapes = cls(
+      keys=array(2 * tile, layout.packed * layout.key_dim),
+      columns=array(2, tile, LANES),
       decay=array(tile, tile),
       similarity=array(tile, tile),
-      attention=operand(tile, tile),
-      inverse=operand(parts, tile, tile, kept=kept),
-      corrected=operand(tile, layout.value_dim, kept=kept),
-      written=operand(parts, tile, layout.value_dim),
+      attention=array(tile, tile),
+      inverse=array(tile, tile, kept=kept),
+      corrected=array(tile, layout.value_dim, kept=kept),
       read=array(tile, layout.value_dim),
+      **backward,
     )
+    return [x for x in shapes if x is not None]
 
-  def column(self, t, i, width):
-    """Gate i of a tile's tokens, [M, width]."""
-    whole = self.columns[t, i]
+  def column(self, t, i, width, rows=slice(None)):
+    """Gate i of a tile's tokens, [M, width], or of some rows."""
+    whole = self.columns[t, i, rows]
     copies = [whole] * pl.cdiv(width, LANES)
     return jnp.concatenate(copies, axis=1)[:, :width]
-
-
-def _store_parts(layout, ref, x):
-  for i, part in enumerate(layout.parts(x, 2)):
-    ref[i] = part
-
-
-def _load_parts(ref):
-  return tuple(ref[i] for i in range(ref.shape[0]))
 
 
 class _Tile(NamedTuple):
@@ -284,25 +349,18 @@ def _load(layout, ref, tile, lanes, at):
   return jnp.where(row < layout.length - at * layout.chunk, x, 0)
 
 
-def _compare(layout, scratch, tile, q_ref, k_ref, gates_ref, at):
-  """Phase 1: keys with keys and with queries, decayed."""
+def _compare(layout, tile, scratch, q_ref, k_ref, gates_ref, at):
+  """Keys with keys and with queries, decayed."""
   t = tile.number
   q, k = (
-    layout.pack(_load(layout, ref, tile, tile.keys, at)).astype(layout.dtype)
+    layout.pack(_load(layout, ref, tile, tile.keys, at))
     for ref in (q_ref, k_ref)
   )
   keys = jnp.concatenate([k, q], axis=0)
   scratch.keys[t] = keys
   gates = gates_ref[tile.row, 0, tile.group]
-  columns = gates.T
-  for i in range(2):
-    scratch.columns[t, i] = jnp.broadcast_to(
-      columns[:, i : i + 1], (layout.tile, LANES)
-    )
-  for i in range(0, layout.tile, layout.chunk):  # one total a head
-    scratch.columns[t, 2, i : i + layout.chunk] = jnp.broadcast_to(
-      gates[2:3, i : i + 1], (layout.chunk, LANES)
-    )
+  for i, column in enumerate(_columns(gates)):
+    scratch.columns[t, i] = column
   # Masked before exp: elsewhere the difference may be large.
   decay = jnp.exp(
     jnp.where(
@@ -310,22 +368,17 @@ def _compare(layout, scratch, tile, q_ref, k_ref, gates_ref, at):
     )
   )
   scratch.decay[t] = decay
-  products = _dot((keys,), (k,), (1, 1))
+  products = layout.dot((keys,), (k,), (1, 1))
   scratch.similarity[t] = layout.strict(decay * products[: layout.tile])
-  scratch.attention[t] = (
-    layout.key_dim**-0.5 * decay * products[layout.tile :]
-  ).astype(layout.dtype)
+  scratch.attention[t] = layout.key_dim**-0.5 * decay * products[layout.tile :]
 
 
-def _invert(layout, scratch, tiles):
-  """Phase 2: T = (I + L)^-1 of L = diag(beta) similarity.
+def _substitute(layout, tiles, scratch, size):
+  """Blocks of `size` rows of T = (I + L)^-1, L = diag(beta) similarity.
 
-  Substitution in blocks of b rows, all of them side by side in the lanes of
-  one [b, M] array; then X <- X - X L_b X joins neighbours until a block is a
-  head's chunk.
+  All blocks lie side by side in the lanes of one [size, M] array.
   """
-  tile, chunk = layout.tile, layout.chunk
-  size = next(b for b in range(SUBSTITUTED, 0, -8) if chunk % b == 0)
+  tile = layout.tile
   # In strips of 8 rows, one row of registers: strips above row j are done.
   row, lane = _iotas((8, tile))
   first = _start(lane, size)
@@ -362,94 +415,143 @@ def _invert(layout, scratch, tiles):
   same = _start(row, size) == _start(column, size)
   for t, inverse in zip(tiles, inverses, strict=True):
     inverse = jnp.concatenate(inverse * (tile // size), axis=0)
-    _store_parts(
-      layout, scratch.inverse.at[t.number], jnp.where(same, inverse, 0.0)
-    )
-  while size < chunk:
-    # The second blocks of all pairs; blocks begin anew with each head.
-    seconds = [
-      slice(head + i, head + min(i + size, chunk))
-      for head in range(0, tile, chunk)
-      for i in range(size, chunk, 2 * size)
-    ]
-    for t in tiles:
-      _join(layout, scratch, t, seconds, size)
-    size *= 2
+    scratch.inverse[t.number] = jnp.where(same, inverse, 0.0)
 
 
-def _join(layout, scratch, tile, seconds, size):
-  """X <- X - X L_b X: only the rows of second blocks change.
+def _join(layout, tiles, scratch, size):
+  """X <- X - X L_b X joins each second block of `size` rows to that before.
 
-  Args:
-    seconds: the rows of blocks to be joined with the `size` rows before.
+  What the products are taken of lies side by side in the lanes of [size, M].
   """
-  t = tile.number
-  beta = scratch.column(t, 1, layout.tile)
-  lower = []
-  for rows in seconds:
-    _, lane = _iotas((rows.stop - rows.start, layout.tile))
-    before = (lane >= rows.start - size) & (lane < rows.start)
-    lower.append(
-      jnp.where(before, beta[rows] * scratch.similarity[t, rows], 0.0)
+  _, lane = _iotas((8, layout.tile))
+  # (row of a strip, its place in the block, start of the block before).
+  strips = [
+    (head + start + at, at, head + start - size)
+    for head in range(0, layout.tile, layout.chunk)
+    for start in range(size, layout.chunk, 2 * size)
+    for at in range(0, min(size, layout.chunk - start), 8)
+  ]
+
+  def at(start):
+    return (lane >= start) & (lane < start + size)
+
+  def side_by_side(x, offset):
+    rows = [jnp.zeros((8, layout.tile), jnp.float32)] * (size // 8)
+    for strip, place, before in strips:
+      rows[place // 8] = jnp.where(
+        at(before + offset), x(strip), rows[place // 8]
+      )
+    return layout.parts(jnp.concatenate(rows, axis=0), 2)
+
+  def lower(t, strip):
+    rows = slice(strip, strip + 8)
+    beta = scratch.column(t, 1, layout.tile, rows)
+    return beta * scratch.similarity[t, rows]
+
+  def spread(strips):
+    """Parts of [M, M] from {row: strip}; other rows, not needed, are zeros."""
+    zeros = jnp.zeros((8, layout.tile), jnp.float32)
+    parts = [
+      layout.parts(strips.get(i, zeros), 2) for i in range(0, layout.tile, 8)
+    ]
+    return [jnp.concatenate(x, axis=0) for x in zip(*parts, strict=True)]
+
+  def inverse(t, strip):
+    return scratch.inverse[t, strip : strip + 8]
+
+  # Stage by stage: the compiler keeps the order where it may choose.
+  numbers = [tile.number for tile in tiles]
+  steps = [
+    layout.dot(
+      side_by_side(functools.partial(lower, t), 0),
+      spread(
+        {
+          before + i: inverse(t, before + i)
+          for _, place, before in strips
+          if not place
+          for i in range(0, size, 8)
+        }
+      ),
     )
-  inverse = _load_parts(scratch.inverse.at[t])
-  step = _dot(layout.parts(jnp.concatenate(lower, axis=0), 2), inverse)
-  # Back among the rows of first blocks, whose part in the product is nothing.
-  placed, here, taken = [], 0, 0
-  for rows in seconds:
-    count = rows.stop - rows.start
-    placed.append(jnp.zeros((rows.start - here, layout.tile), jnp.float32))
-    placed.append(step[taken : taken + count])
-    here, taken = rows.stop, taken + count
-  placed.append(jnp.zeros((layout.tile - here, layout.tile), jnp.float32))
-  placed = jnp.concatenate([x for x in placed if x.shape[0]], axis=0)
-  changed = tuple(
-    jnp.concatenate([x[rows] for rows in seconds], axis=0) for x in inverse
-  )
-  joined = sum(x.astype(jnp.float32) for x in changed)
-  joined -= _dot(changed, layout.parts(placed, 2))
-  taken = 0
-  for rows in seconds:
-    count = rows.stop - rows.start
-    _store_parts(
-      layout,
-      scratch.inverse.at[t, :, rows],
-      joined[taken : taken + count],
+    for t in numbers
+  ]
+  steps = [
+    layout.dot(
+      side_by_side(functools.partial(inverse, t), size),
+      spread(
+        {
+          strip: jnp.where(at(before), step[place : place + 8], 0.0)
+          for strip, place, before in strips
+        }
+      ),
     )
-    taken += count
+    for t, step in zip(numbers, steps, strict=True)
+  ]
+  for t, step in zip(numbers, steps, strict=True):
+    for strip, place, before in strips:
+      rows = slice(strip, strip + 8)
+      scratch.inverse[t, rows] = jnp.where(
+        at(before), -step[place : place + 8], inverse(t, strip)
+      )
 
 
-def _correct(layout, scratch, tile, v_ref, state, at, reading):
-  """Phase 3: E = T X of X = beta * (V - gamma * K S); with `reading`, Q S."""
+def _corrected(phases, scratch, v_ref, before_ref, at, reading):
+  """E: T by blocks, joined until one is a head's chunk, then T X."""
+  chunk = phases.layout.chunk
+  size = next(b for b in range(SUBSTITUTED, 0, -8) if chunk % b == 0)
+  phases.run(_substitute, scratch, size)
+  while size < chunk:
+    phases.run(_join, scratch, size)
+    size *= 2
+  phases.each(_predict, scratch, v_ref, before_ref, at, reading=reading)
+  phases.each(_solve, scratch)
+
+
+def _predict(layout, tile, scratch, v_ref, before_ref, at, reading):
+  """X = beta * (V - gamma * K S), in place of E; with `reading`, Q S."""
   t, size = tile.number, layout.tile
   wide = functools.partial(scratch.column, t, width=layout.value_dim)
-  high, *low = layout.parts(state, 2)
+  high, *low = layout.parts(before_ref[tile.row, tile.keys], 2)
   since_start = jnp.exp(wide(0))
   if reading:
     # Q S is only read; K S, which is learnt from, gets the low part too.
-    from_state = _dot((scratch.keys[t],), (high,))
+    from_state = layout.dot((scratch.keys[t],), (high,))
     scratch.read[t] = layout.key_dim**-0.5 * since_start * from_state[size:]
   else:
-    from_state = _dot((scratch.keys[t, :size],), (high,))
+    from_state = layout.dot((scratch.keys[t, :size],), (high,))
   predicted = from_state[:size]
   if low:
-    predicted += _dot((scratch.keys[t, :size],), low)
+    predicted += layout.dot((scratch.keys[t, :size],), low)
   v = layout.stack(_load(layout, v_ref, tile, tile.values, at))
-  x = wide(1) * (v - since_start * predicted)
-  corrected = _dot(_load_parts(scratch.inverse.at[t]), layout.parts(x, 2))
-  scratch.corrected[t] = corrected.astype(layout.dtype)
-  _store_parts(
-    layout, scratch.written.at[t], jnp.exp(wide(2) - wide(0)) * corrected
+  scratch.corrected[t] = wide(1) * (v - since_start * predicted)
+
+
+def _solve(layout, tile, scratch):
+  """E = T X."""
+  t = tile.number
+  inverse = layout.parts(scratch.inverse[t], 2)
+  x = layout.parts(scratch.corrected[t], 2)
+  scratch.corrected[t] = layout.dot(inverse, x)
+
+
+def _read(layout, tile, scratch, o_ref):
+  """O = c gamma * Q S + P E."""
+  t = tile.number
+  o = scratch.read[t] + layout.dot(
+    (scratch.attention[t],), (scratch.corrected[t],)
   )
+  o_ref[tile.row, :, tile.values] = layout.unstack(o).astype(o_ref.dtype)
 
 
-def _write(layout, scratch, tile, gates_ref, state):
+def _write(layout, tile, scratch, gates_ref, before_ref, after_ref):
   """S' = exp(G_C) S + K^T (delta * E)."""
   t = tile.number
-  return layout.decayed(gates_ref[tile.row, 0, tile.group], state) + _dot(
-    (scratch.keys[t, : layout.tile],),
-    _load_parts(scratch.written.at[t]),
-    (0, 0),
+  gates = gates_ref[tile.row, 0, tile.group]
+  total = scratch.column(t, 0, layout.value_dim)
+  written = layout.until_end(gates, total) * scratch.corrected[t]
+  state = before_ref[tile.row, tile.keys]
+  after_ref[tile.row, tile.keys] = layout.decayed(gates, state) + layout.dot(
+    (scratch.keys[t, : layout.tile],), layout.parts(written, 2), (0, 0)
   )
 
 
@@ -459,25 +561,20 @@ def _forward_kernel(
   scratch = _Scratch(*scratch)
   at = pl.program_id(2)
   tiles = _tiles(layout)
+  before_ref = state_ref
+  if layout.chunks == 1:
+    before_ref = start_ref
+  else:
 
-  @pl.when(at == 0)
-  def _():
-    state_ref[...] = start_ref[...]
+    @pl.when(at == 0)
+    def _():
+      state_ref[...] = start_ref[...]
 
-  for tile in tiles:
-    _compare(layout, scratch, tile, q_ref, k_ref, gates_ref, at)
-  _invert(layout, scratch, tiles)
-  for tile in tiles:
-    state = state_ref[tile.row, tile.keys]
-    _correct(layout, scratch, tile, v_ref, state, at, reading=True)
-  for tile in tiles:
-    t = tile.number
-    o = scratch.read[t] + _dot((scratch.attention[t],), (scratch.corrected[t],))
-    o_ref[tile.row, :, tile.values] = layout.unstack(o).astype(o_ref.dtype)
-    state = state_ref[tile.row, tile.keys]
-    state_ref[tile.row, tile.keys] = _write(
-      layout, scratch, tile, gates_ref, state
-    )
+  phases = _Phases(layout, tiles)
+  phases.each(_compare, scratch, q_ref, k_ref, gates_ref, at)
+  _corrected(phases, scratch, v_ref, before_ref, at, reading=True)
+  phases.each(_read, scratch, o_ref)
+  phases.each(_write, scratch, gates_ref, before_ref, state_ref)
 
 
 def _backward_kernel(
@@ -505,149 +602,176 @@ def _backward_kernel(
   scratch = scratch._replace(
     inverse=scratch.inverse.at[at], corrected=scratch.corrected.at[at]
   )
+  before_ref, d_after_ref = states_ref.at[at], d_state_ref
+  if layout.chunks == 1:
+    before_ref, d_after_ref = start_ref, d_end_ref
+  else:
 
-  @pl.when(step == 0)
-  def _():
-    states_ref[0] = start_ref[...]
-
-  for tile in tiles:
-    _compare(layout, scratch, tile, q_ref, k_ref, gates_ref, at)
-
-  @pl.when(step <= last)
-  def _():
-    _invert(layout, scratch, tiles)
-    for tile in tiles:
-      state = states_ref[at, tile.row, tile.keys]
-      _correct(layout, scratch, tile, v_ref, state, at, reading=False)
-
-  if last:
-
-    @pl.when(step < last)
+    @pl.when(step == 0)
     def _():
-      for tile in tiles:
-        state = states_ref[at, tile.row, tile.keys]
-        states_ref[at + 1, tile.row, tile.keys] = _write(
-          layout, scratch, tile, gates_ref, state
-        )
+      states_ref[0] = start_ref[...]
 
-  @pl.when(step == last)
-  def _():
-    d_state_ref[...] = d_end_ref[...]
+    @pl.when(step == last)
+    def _():
+      d_state_ref[...] = d_end_ref[...]
 
-  @pl.when(step >= last)
-  def _():
-    for tile in tiles:
-      _transpose(
-        layout,
-        scratch,
-        tile,
-        *(v_ref, gates_ref, states_ref.at[at], d_o_ref),
-        *(d_q_ref, d_k_ref, d_v_ref, d_gates_ref, d_state_ref),
-        at,
-      )
-
-
-def _transpose(
-  layout,
-  scratch,
-  tile,
-  v_ref,
-  gates_ref,
-  states_ref,
-  d_o_ref,
-  d_q_ref,
-  d_k_ref,
-  d_v_ref,
-  d_gates_ref,
-  d_state_ref,
-  at,
-):
-  """Phase 4: from the cotangents of o and S' to those of a tile's inputs."""
-  t, size, scale = tile.number, layout.tile, layout.key_dim**-0.5
-  parts = functools.partial(layout.parts, count=1)
-  split = functools.partial(layout.parts, count=2)
-  wide = functools.partial(scratch.column, t, width=layout.value_dim)
-  keyed = functools.partial(
-    scratch.column, t, width=layout.packed * layout.key_dim
+  phases = _Phases(layout, tiles)
+  phases.each(_compare, scratch, q_ref, k_ref, gates_ref, at)
+  phases.wanted = step <= last
+  _corrected(phases, scratch, v_ref, before_ref, at, reading=False)
+  if last:
+    phases.wanted = step < last
+    after_ref = states_ref.at[jnp.minimum(at + 1, last)]
+    phases.each(_write, scratch, gates_ref, before_ref, after_ref)
+  phases.wanted = step >= last
+  phases.each(_transpose_uses, scratch, gates_ref, d_o_ref, d_after_ref, at)
+  phases.each(_transpose_solve, scratch)
+  phases.each(_transpose_products, scratch, d_o_ref, at)
+  phases.each(
+    _transpose_values, scratch, v_ref, before_ref, d_o_ref, d_v_ref, at
   )
-  gates = gates_ref[tile.row, 0, tile.group]
-  state = states_ref[tile.row, tile.keys]
-  d_end = d_state_ref[tile.row, tile.keys]
+  phases.each(_transpose_reads, scratch, before_ref, d_q_ref)
+  phases.each(_transpose_writes, scratch, gates_ref, d_after_ref, d_k_ref)
+
+  phases.each(
+    _transpose_ends,
+    *(scratch, gates_ref, before_ref, d_after_ref, d_gates_ref, d_state_ref),
+  )
+
+
+def _transpose_uses(layout, tile, scratch, gates_ref, d_o_ref, d_after_ref, at):
+  """dE = P^T dO + delta * K dS', kept in place of Q S."""
+  t = tile.number
+  total = scratch.column(t, 0, layout.value_dim)
   d_o = layout.stack(_load(layout, d_o_ref, tile, tile.values, at))
-  k, q = scratch.keys[t, :size], scratch.keys[t, size:]
-  corrected = scratch.corrected[t]
-  # E feeds the read-out and the write.
-  d_corrected = _dot((scratch.attention[t],), parts(d_o), (0, 0))
-  d_corrected += jnp.exp(wide(2) - wide(0)) * _dot((k,), split(d_end))
-  d_x = _dot(_load_parts(scratch.inverse.at[t]), split(d_corrected), (0, 0))
-  # What reaches S from X and from the read-out.
-  since_start = jnp.exp(wide(0))
-  d_keys_state = -wide(1) * since_start * d_x
-  d_queries_state = scale * since_start * d_o
-  d_state_ref[tile.row, tile.keys] = (
-    layout.decayed(gates, d_end)
-    + _dot((k,), split(d_keys_state), (0, 0))
-    + _dot((q,), split(d_queries_state), (0, 0))
+  d_after = layout.parts(d_after_ref[tile.row, tile.keys], 2)
+  scratch.read[t] = layout.dot(
+    (scratch.attention[t],), (d_o,), (0, 0)
+  ) + layout.until_end(gates_ref[tile.row, 0, tile.group], total) * layout.dot(
+    (scratch.keys[t, : layout.tile],), d_after
   )
+
+
+def _transpose_solve(layout, tile, scratch):
+  """dX = T^T dE."""
+  t = tile.number
+  scratch.read[t] = layout.dot(
+    layout.parts(scratch.inverse[t], 2),
+    layout.parts(scratch.read[t], 2),
+    (0, 0),
+  )
+
+
+def _transpose_values(
+  layout, tile, scratch, v_ref, before_ref, d_o_ref, d_v_ref, at
+):
+  """dV, what reaches reads of S, and dX * (V - gamma K S) in place of dX."""
+  t, size = tile.number, layout.tile
+  wide = functools.partial(scratch.column, t, width=layout.value_dim)
+  v = layout.stack(_load(layout, v_ref, tile, tile.values, at))
+  d_o = layout.stack(_load(layout, d_o_ref, tile, tile.values, at))
+  d_x = scratch.read[t]
   d_v = wide(1) * d_x
   d_v_ref[tile.row, :, tile.values] = layout.unstack(d_v).astype(d_v_ref.dtype)
-  v = layout.stack(_load(layout, v_ref, tile, tile.values, at))
-  error = v - since_start * _dot((k,), parts(state))
-  # What reaches the products of keys with keys and with queries.
-  low_x_and_o = jnp.concatenate([*parts(d_x), *parts(d_o)], axis=0)
-  onto_values = _dot((low_x_and_o,), (corrected,), (1, 1))
+  since_start = jnp.exp(wide(0))
+  scratch.onto_state[t, :size] = -since_start * d_v
+  scratch.onto_state[t, size:] = layout.key_dim**-0.5 * since_start * d_o
+  state = before_ref[tile.row, tile.keys]
+  predicted = layout.dot((scratch.keys[t, :size],), (state,))
+  scratch.read[t] = d_x * (v - since_start * predicted)
+
+
+def _transpose_products(layout, tile, scratch, d_o_ref, at):
+  """What reaches the products of keys, in place of these."""
+  t, size = tile.number, layout.tile
+  d_o = layout.stack(_load(layout, d_o_ref, tile, tile.values, at))
+  onto_values = layout.dot(
+    (jnp.concatenate([scratch.read[t], d_o], axis=0),),
+    (scratch.corrected[t],),
+    (1, 1),
+  )
   d_lower = layout.strict(-onto_values[:size])
-  d_attention = onto_values[size:]
-  decay, beta = scratch.decay[t], scratch.column(t, 1, size)
-  d_similarity = beta * d_lower
-  d_keys_keys = decay * d_similarity
-  d_queries_keys = parts(scale * decay * d_attention)
-  through_decay = (
-    d_attention * scratch.attention[t].astype(jnp.float32)
-    + d_similarity * scratch.similarity[t]
+  decay, similarity = scratch.decay[t], scratch.similarity[t]
+  scratch.decay[t] = d_lower * similarity
+  scratch.similarity[t] = decay * scratch.column(t, 1, size) * d_lower
+  scratch.attention[t] = layout.key_dim**-0.5 * decay * onto_values[size:]
+
+
+def _transpose_reads(layout, tile, scratch, before_ref, d_q_ref):
+  """dQ, and dK as reader."""
+  t, size = tile.number, layout.tile
+  d_products = jnp.concatenate([scratch.similarity[t], scratch.attention[t]], 0)
+  state = before_ref[tile.row, tile.keys]
+  onto_keys = layout.dot((d_products,), (scratch.keys[t, :size],)) + layout.dot(
+    (scratch.onto_state[t],), (state,), (1, 1)
   )
-  low_states = jnp.concatenate(
-    [*parts(d_keys_state), *parts(d_queries_state)], axis=0
+  scratch.onto_keys[t] = onto_keys
+  d_q = layout.unpack(onto_keys[size:])
+  d_q_ref[tile.row, :, tile.keys] = d_q.astype(d_q_ref.dtype)
+
+
+def _transpose_writes(layout, tile, scratch, gates_ref, d_after_ref, d_k_ref):
+  """dK; in place of dK as reader and dQ, what of them reaches the decays."""
+  t, size = tile.number, layout.tile
+  keys, onto_keys = scratch.keys[t], scratch.onto_keys[t]
+  gates = gates_ref[tile.row, 0, tile.group]
+  d_after = d_after_ref[tile.row, tile.keys]
+  d_products = jnp.concatenate([scratch.similarity[t], scratch.attention[t]], 0)
+  total = scratch.column(t, 0, layout.packed * layout.key_dim)
+  at_end = layout.until_end(gates, total) * layout.dot(
+    (scratch.corrected[t],), (d_after,), (1, 1)
   )
-  onto_state = _dot((low_states,), parts(state), (1, 1))
-  onto_end = jnp.exp(keyed(2) - keyed(0)) * _dot(
-    (corrected,), parts(d_end), (1, 1)
+  written = layout.dot((d_products,), (keys,), (0, 0)) + at_end
+  d_k = layout.unpack(onto_keys[:size] + written)
+  d_k_ref[tile.row, :, tile.keys] = d_k.astype(d_k_ref.dtype)
+  # G multiplies what k and q read, and divides what k wrote.
+  scratch.onto_keys[t] = jnp.concatenate(
+    [
+      keys[size:] * onto_keys[size:]
+      + keys[:size] * (onto_keys[:size] - written),
+      keys[:size] * at_end,
+    ],
+    axis=0,
   )
-  low_keys = jnp.concatenate(
-    [*parts(d_keys_keys + d_keys_keys.T), *d_queries_keys], axis=0
-  )
-  onto_keys = _dot((low_keys,), (k,))
-  d_q = onto_keys[size:] + onto_state[size:]
-  d_k = (
-    onto_keys[:size]
-    + _dot(d_queries_keys, (q,), (0, 0))
-    + onto_state[:size]
-    + onto_end
-  )
-  d_q_ref[tile.row, :, tile.keys] = layout.unpack(d_q).astype(d_q_ref.dtype)
-  d_k_ref[tile.row, :, tile.keys] = layout.unpack(d_k).astype(d_k_ref.dtype)
-  # Gates: sums over a token's row, as columns, then all as rows.
-  row_sum = functools.partial(jnp.sum, axis=1, keepdims=True)
-  d_write = row_sum(k * onto_end)
-  d_beta = row_sum(d_x * error) + row_sum(d_lower * scratch.similarity[t])
-  d_total = (
-    row_sum(through_decay)
-    + row_sum(k * onto_state[:size] + q * onto_state[size:])
-    - d_write
-  )
-  columns = jnp.concatenate([d_total, d_beta, d_write], axis=1)
-  columns = jnp.pad(columns, ((0, 0), (0, GATES - 3)))
+
+
+def _transpose_ends(
+  layout,
+  tile,
+  scratch,
+  gates_ref,
+  before_ref,
+  d_after_ref,
+  d_gates_ref,
+  d_state_ref,
+):
+  """dG, dbeta, d G_C; dS = exp(G_C) dS' + K^T d(K S) + Q^T d(Q S)."""
+  t, size = tile.number, layout.tile
+  gates = gates_ref[tile.row, 0, tile.group]
+  onto_keys = scratch.onto_keys[t]
+  decayed = layout.decayed(gates, d_after_ref[tile.row, tile.keys])
   # The whole chunk's decay belongs to a head, whose first token has it.
-  kept = layout.decayed(gates, d_end) * state
+  kept = decayed * before_ref[tile.row, tile.keys]
   gate, token = _iotas((GATES, size))
-  by_token = columns.T - jnp.where(
-    gate == 0, jnp.sum(through_decay, axis=0, keepdims=True), 0.0
-  )
+  ends = jnp.zeros((GATES, size), jnp.float32)
   for i in range(layout.packed):
-    whole = jnp.sum(kept[i * layout.key_dim : (i + 1) * layout.key_dim])
-    first = (gate == 2) & (token == i * layout.chunk)
-    by_token += jnp.where(first, whole, 0.0)
-  d_gates_ref[tile.row, 0, tile.group] = by_token
+    key = slice(i * layout.key_dim, (i + 1) * layout.key_dim)
+    rows = slice(size + i * layout.chunk, size + (i + 1) * layout.chunk)
+    whole = jnp.sum(kept[key]) + jnp.sum(onto_keys[rows])
+    ends += jnp.where((gate == 2) & (token == i * layout.chunk), whole, 0.0)
+  # This may be where dS' lies.
+  d_state_ref[tile.row, tile.keys] = decayed + layout.dot(
+    (scratch.keys[t],), layout.parts(scratch.onto_state[t], 2), (0, 0)
+  )
+  # Sums of rows by a product, which makes them rows of gates.
+  summed = jnp.concatenate(
+    [scratch.read[t], scratch.decay[t], onto_keys[:size]], axis=1
+  )
+  gate, lane = _iotas((GATES, summed.shape[1]))
+  ones = gate == (lane < layout.value_dim + size).astype(jnp.int32)
+  d_gates_ref[tile.row, 0, tile.group] = ends + layout.dot(
+    (ones.astype(jnp.float32),), layout.parts(summed, 2), (1, 1)
+  )
 
 
 def _layouts(q, k, v):
