@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -502,3 +503,39 @@ def test_the_kernels_compile_for_a_tpu():
   for row in rows:
     assert int(row[1]) > 100 and int(row[2]) == 64  # rows of 256, 4 a step
     assert float(row[5]) < 2 and row[7].strip() == "0.0 MiB"
+
+
+PROCESS = """
+import sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from pallas_kernels.gated_delta import trial
+print("answer:", trial.everywhere(lambda: sys.argv[3] or None))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "found, answers",
+  [
+    (["", ""], ["None", "None"]),
+    (["", "wrong"], ["it failed its trial in another process", "wrong"]),
+  ],
+)
+def test_all_processes_come_to_one_answer(found, answers):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", PROCESS, address, str(i), reason],
+      cwd=pathlib.Path(__file__).parents[1],
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for i, reason in enumerate(found)
+  ]
+  for process, answer in zip(processes, answers, strict=True):
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert f"answer: {answer}\n" in out
