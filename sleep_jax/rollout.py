@@ -59,9 +59,6 @@ def rollout(
   """
   variables = {"params": params}
 
-  def blocks(h, state, valid):
-    return model.apply(variables, h, state, valid, method="blocks")
-
   def judge(h, targets, mask):
     logits = model.apply(variables, h, method="logits")
     log_probabilities = jax.nn.log_softmax(logits)
@@ -73,7 +70,7 @@ def rollout(
     inputs, targets, mask, valid = window
     h = model.apply(variables, inputs, method="embed")
     sleeps = ~jnp.any(mask, axis=1)
-    h, state = sleep(blocks, h, state, valid, sleeps, passes)
+    h, state = sleep(model, params, h, state, valid, sleeps, passes)
     # Most windows hold no loss at all; their logits are not computed.
     loss_sum, predictions = jax.lax.cond(
       jnp.any(mask),

@@ -239,6 +239,11 @@ class _Scratch(NamedTuple):
     return jnp.concatenate(copies, axis=1)[:, :width]
 
 
+def scratch_shapes(layout):
+  """What `one_chunk` keeps in VMEM between its phases."""
+  return _Scratch.shapes(layout)
+
+
 def _store_parts(layout, ref, x):
   for i, part in enumerate(layout.parts(x, 2)):
     ref[i] = part
@@ -456,14 +461,30 @@ def _write(layout, scratch, tile, gates_ref, state):
 def _forward_kernel(
   q_ref, k_ref, v_ref, gates_ref, start_ref, o_ref, state_ref, *scratch, layout
 ):
-  scratch = _Scratch(*scratch)
   at = pl.program_id(2)
-  tiles = _tiles(layout)
 
   @pl.when(at == 0)
   def _():
     state_ref[...] = start_ref[...]
 
+  one_chunk(
+    layout, scratch, q_ref, k_ref, v_ref, gates_ref, o_ref, state_ref, at
+  )
+
+
+def one_chunk(
+  layout, scratch, q_ref, k_ref, v_ref, gates_ref, o_ref, state_ref, at
+):
+  """Writes o and, in place, the state after chunk number `at` of a block.
+
+  Args:
+    scratch: refs of `scratch_shapes(layout)`.
+    q_ref, k_ref: [rows, C, heads K] of the block; v_ref, o_ref: [rows, C,
+      heads V]; gates_ref: as `_gates` makes them; state_ref: [rows, heads K,
+      V].
+  """
+  scratch = _Scratch(*scratch)
+  tiles = _tiles(layout)
   for tile in tiles:
     _compare(layout, scratch, tile, q_ref, k_ref, gates_ref, at)
   _invert(layout, scratch, tiles)

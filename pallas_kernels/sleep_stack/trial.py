@@ -1,0 +1,102 @@
+"""Whether the kernel gives the scan's answers on this very device.
+
+As `pallas_kernels.gated_delta.trial`, for the model and the window at hand.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from pallas_kernels.gated_delta import trial
+from pallas_kernels.sleep_stack.pallas_tpu import Stack
+from sleep_jax.config import ModelConfig
+from sleep_jax.model.fast_weights import init_fast_weights
+from sleep_jax.model.hybrid_lm import HybridLM
+
+
+@functools.cache
+def verdict(kernel, trusted, config: ModelConfig, length: int) -> str | None:
+  """Why not to use `kernel` on this device; None if it may be used.
+
+  Compared are h and S after two passes, for a batch that does not fill its last
+  tile, with padding and with a row that is awake, products in full precision.
+  The answer is kept, and one for all processes. A refusal is logged once.
+
+  Args:
+    kernel: (model, passes, interpret, params, h, state, valid, sleeps) -> (h,
+      state).
+    trusted: the same without `interpret`.
+    config: of the model.
+    length: L.
+  """
+  reason = trial.everywhere(
+    functools.partial(_compare, kernel, trusted, config, length)
+  )
+  if reason is not None:
+    logging.warning(
+      "sleep: not in one kernel on %s, one pass after the other instead: %s",
+      jax.local_devices()[0].device_kind,
+      reason,
+    )
+  return reason
+
+
+def inputs(config: ModelConfig, batch: int, length: int, seed: int = 0):
+  """(params, h, state, valid, sleeps) of a model in the midst of its work.
+
+  Places are padded at the start of some rows and at the end of others, and each
+  third row is awake.
+  """
+  rng = np.random.default_rng(seed)
+  state = init_fast_weights(config, batch)
+  tokens = jnp.zeros((batch, length), jnp.int32)
+  variables = jax.jit(HybridLM(config, 2).init)(
+    jax.random.key(seed), tokens, state, tokens == 0
+  )
+
+  def vary(x, by):
+    return x + jnp.asarray(by * rng.normal(size=x.shape), x.dtype)
+
+  params = jax.tree.map(lambda x: vary(x, 0.1), variables["params"])
+  state = jax.tree.map(lambda x: vary(x, 0.3), state)
+  h = vary(jnp.zeros((batch, length, config.width), config.compute_dtype), 1)
+  row, place = np.arange(batch)[:, None], np.arange(length)[None]
+  padding = row % 4 * length // 5
+  valid = np.where(row % 2 == 0, place >= padding, place < length - padding)
+  return params, h, state, jnp.asarray(valid), jnp.asarray(row[:, 0] % 3 != 1)
+
+
+def difference(mine, theirs) -> float:
+  """The largest of all leaves, relative to the largest of theirs or to 1."""
+  pairs = zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True)
+  return max(
+    float(np.abs(x - y).max() / max(1.0, np.abs(y).max()))
+    for x, y in (
+      [np.asarray(z, np.float32) for z in pair] for pair in pairs
+    )
+  )
+
+
+def _compare(kernel, trusted, config, length):
+  rows = Stack.of(config, 2**16, length, 2).rows
+  arrays = inputs(config, rows + 1, length)
+  model = HybridLM(config, 2)
+  tolerance = trial.TOLERANCES[config.compute_dtype]
+  with jax.default_matmul_precision("highest"):
+    try:
+      mine = jax.device_get(
+        jax.jit(functools.partial(kernel, model, 2, False))(*arrays)
+      )
+    except Exception as error:  # whatever a compiler or driver may say
+      return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    theirs = jax.device_get(
+      jax.jit(functools.partial(trusted, model, 2))(*arrays)
+    )
+  found = difference(mine, theirs)
+  # Not `>`: NaN fails too.
+  if not found <= tolerance:
+    return f"h or S differs by {found:.1e} for L = {length}"
+  return None
