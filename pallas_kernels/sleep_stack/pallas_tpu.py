@@ -12,9 +12,9 @@ rows, heads packed. Groups, repeats of the pattern and passes are rolled loops:
 the code has one body for each kind of block in the pattern.
 
 Products have operands in the compute dtype and the precision that JAX is set
-to (`jax_default_matmul_precision`), as the modules' own have; sums, norms, gates
-and, within a pass, h are float32, as is S. Where the modules round in between,
-the kernel does not.
+to (`jax_default_matmul_precision`), as the modules' own have; sums, norms,
+gates and, within a pass, h are float32, as is S. Where the modules round in
+between, the kernel does not.
 """
 
 import dataclasses
@@ -369,7 +369,9 @@ class _Pass:
     """
     layout, heads = self.stack.layout, self.stack.config.fast_weight_heads
     chunk, shape = layout.chunk, (layout.chunk, layout.tile)
-    token, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, i) for i in (0, 1))
+    token, lane = (
+      jax.lax.broadcasted_iota(jnp.int32, shape, i) for i in (0, 1)
+    )
     head = functools.reduce(
       lambda x, i: jnp.where(lane >= i * chunk, i, x),
       range(1, layout.packed),
@@ -622,13 +624,10 @@ def vmem_bytes(stack, params):
 def flops(stack, params):
   """Of all passes over all rows, by the products of the algorithm."""
   config, length = stack.config, stack.length
-  layout, heads = stack.layout, config.fast_weight_heads
-  key, value = config.key_dim, config.value_dim
+  heads, key, value = config.fast_weight_heads, config.key_dim, config.value_dim
   projections = sum(
     x.size
-    for path, x in jax.tree_util.tree_leaves_with_path(
-      _groups(config, params)
-    )
+    for path, x in jax.tree_util.tree_leaves_with_path(_groups(config, params))
     if path[-2].key.endswith("_proj")
   )
   attention = 4 * length**2 * config.width
@@ -650,8 +649,7 @@ def transcendentals(stack):
   config, length = stack.config, stack.length
   attention = length**2 * config.attention_heads
   fast_weights = length * (
-    2 * (stack.keys + stack.values)
-    + config.fast_weight_heads * (length + 2)
+    2 * (stack.keys + stack.values) + config.fast_weight_heads * (length + 2)
   )
   row = (
     len(stack.kinds) * length * config.mlp_width

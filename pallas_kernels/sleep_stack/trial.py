@@ -74,9 +74,7 @@ def difference(mine, theirs) -> float:
   pairs = zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True)
   return max(
     float(np.abs(x - y).max() / max(1.0, np.abs(y).max()))
-    for x, y in (
-      [np.asarray(z, np.float32) for z in pair] for pair in pairs
-    )
+    for x, y in ([np.asarray(z, np.float32) for z in pair] for pair in pairs)
   )
 
 
