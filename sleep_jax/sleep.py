@@ -106,9 +106,14 @@ def _one_kernel_forward(model, passes, interpret, *arrays):
 
 def _one_kernel_backward(model, passes, interpret, arrays, cotangents):
   del interpret
-  *primals, valid, sleeps = arrays
+  params, h, state, valid, sleeps = arrays
   _, vjp = jax.vjp(
-    lambda *primals: scanned(model, passes, *primals, valid, sleeps), *primals
+    lambda params, h, state: scanned(
+      model, passes, params, h, state, valid, sleeps
+    ),
+    params,
+    h,
+    state,
   )
   return *vjp(cotangents), None, None
 

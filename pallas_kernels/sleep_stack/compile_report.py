@@ -3,21 +3,24 @@
   python -m pallas_kernels.sleep_stack.compile_report --target=v5e
 
 Nothing is run. Needs the extra `compile`. The case is `automaton:paper`'s: 512
-rows of 24 tokens. A row for each form, dtype and N:
+rows of 24 tokens. A row for each dtype, N and form: the kernel, or the scan
+over passes with the rule's own kernel. The scan is compiled for one pass, each
+repeat of the pattern by itself, and counted N times.
 
-HBM: of the kernel what goes in and out, once. Of the scan what XLA counts as
-accessed in one pass by all its operations (inputs and outputs of the rule's
-kernel among them), times N; what a fusion keeps in VMEM for the next is
-counted by XLA where it says so, and is therefore an upper bound of traffic.
+HBM MB: of the kernel its inputs and outputs, as they lie in HBM. Of the scan
+what each operation of a pass reads and writes there, arrays that XLA keeps in
+VMEM from one operation to the next left out.
 
-Cycles: of the kernel its bundles, each level of loops by its trips. Of the
-scan, XLA's own estimate of each operation of a pass, plus the bundles of the
-rule's kernel by its steps, times N. us: those at the clock, or HBM at its peak
-rate, whichever is longer. Units: the time of the matrix units for the FLOPs at
-one bfloat16 pass.
+Cycles: of the kernel its bundles, each level of loops by its trips, if none
+stalls. Of the scan XLA's own estimates for its operations, and the bundles of
+the rule's kernel by its steps. us: the cycles at the clock; the time of HBM at
+its peak rate; that of the matrix units for the FLOPs in one bfloat16 pass.
 
-Spills: vector registers stored and loaded, as listed in the code. Temporaries:
-XLA's, outside of the kernel; of the scan, in one pass.
+Spills: vector registers stored and loaded, as listed in the code of the kernel,
+or of the rule's. Temporaries: XLA's, outside of kernels.
+
+JAX_DEFAULT_MATMUL_PRECISION=highest in the environment compiles products of
+float32 for full precision; else they take one bfloat16 pass, as XLA's do.
 """
 
 import argparse
@@ -31,16 +34,17 @@ import math
 import os
 import re
 import tempfile
+from typing import NamedTuple
 
 from pallas_kernels.gated_delta.compile_report import CHIPS, tpu_kernel
 
 BATCH = 512
 PASSES = (1, 4)
-PRECISIONS = {
-  "float32": "default",
-  "float32, exact products": "highest",
-  "bfloat16": "default",
-}
+DTYPES = ("float32", "bfloat16")
+# Bytes of an element, by XLA's name for its type.
+ITEM_SIZES = dict(f32=4, bf16=2, s32=4, u32=4, pred=1)
+# Operations that move nothing, or whose end is counted at their start.
+FREE = "parameter constant bitcast tuple get-tuple-element copy-done".split()
 
 
 def main() -> None:
@@ -68,71 +72,152 @@ def main() -> None:
     report(arguments.target, arguments.only, dump)
 
 
-def compile_case(topology, config, passes, precision, kernel):
-  """The compiled sleep of a window, and its stack.
+def window_length():
+  automaton = importlib.import_module("experiments.automaton")
+  return automaton.paper().sleep.window_length
+
+
+def abstract_params(config):
+  """The parameters of a model's blocks, as shapes."""
+  jax = importlib.import_module("jax")
+  fast_weights = importlib.import_module("sleep_jax.model.fast_weights")
+  model = importlib.import_module("sleep_jax.model.hybrid_lm").HybridLM
+  params = jax.eval_shape(
+    model(config, 1).init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, 1), jax.numpy.int32),
+    jax.eval_shape(
+      functools.partial(fast_weights.init_fast_weights, config, 1)
+    ),
+    jax.ShapeDtypeStruct((1, 1), bool),
+  )["params"]
+  return {k: v for k, v in params.items() if k.startswith("group_")}
+
+
+def compile_case(topology, dump, config, passes, kernel):
+  """The compiled sleep of a window; the dump is of this compilation alone.
 
   Args:
     kernel: all passes in one kernel, or scanned with the rule's.
   """
   jax = importlib.import_module("jax")
-  jnp, layout = jax.numpy, importlib.import_module("jax.experimental.layout")
+  layout = importlib.import_module("jax.experimental.layout")
   api = importlib.import_module("pallas_kernels.gated_delta.api")
-  automaton = importlib.import_module("experiments.automaton")
   fast_weights = importlib.import_module("sleep_jax.model.fast_weights")
   model = importlib.import_module("sleep_jax.model.hybrid_lm").HybridLM
   rules = importlib.import_module("sleep_jax.model.update_rules").UPDATE_RULES
   sleep = importlib.import_module("sleep_jax.sleep")
-  length = automaton.paper().sleep.window_length
-  # On this machine's own backend the door would choose plain XLA.
-  rules["on_tpu"] = dataclasses.replace(
-    rules[config.update_rule],
-    chunkwise=functools.partial(
-      api.gated_delta_rule, implementation="pallas_tpu"
-    ),
-  )
-  served = (
-    config if kernel else dataclasses.replace(config, update_rule="on_tpu")
-  )
+  for path in glob.glob(f"{dump}/*"):
+    os.remove(path)
+  tokens = BATCH, window_length()
   sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
 
-  def array(x, dtype=None):
-    # In the order of its axes: else XLA sees fit to put the batch last, here
-    # where S begins, and copies it.
+  def array(x):
+    # In the order of its axes: XLA would put the batch of S last here, where S
+    # begins, and copy it for kernels.
     order = layout.Format(layout.Layout(tuple(range(x.ndim))), sharding)
-    return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=order)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=order)
 
+  h = jax.ShapeDtypeStruct((*tokens, config.width), config.compute_dtype)
   state = jax.eval_shape(
     functools.partial(fast_weights.init_fast_weights, config, BATCH)
   )
-  one = jax.eval_shape(
-    functools.partial(fast_weights.init_fast_weights, config, 1)
-  )
-  token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  params = jax.eval_shape(
-    model(config, 1).init,
-    jax.random.key(0),
-    token,
-    one,
-    jax.ShapeDtypeStruct((1, 1), bool),
-  )["params"]
-  params = {k: v for k, v in params.items() if k.startswith("group_")}
-  h = jax.ShapeDtypeStruct((BATCH, length, config.width), config.compute_dtype)
-  masks = [jax.ShapeDtypeStruct(s, bool) for s in ((BATCH, length), (BATCH,))]
-  arguments = jax.tree.map(array, (params, h, state, *masks))
-
-  def function(*arguments):
-    if kernel:
-      return sleep.one_kernel(model(config, 1), passes, False, *arguments)
-    return sleep.scanned(model(served, 1), passes, *arguments)
-
-  outputs = jax.tree.map(lambda x: x.sharding, (arguments[1], arguments[2]))
-  with jax.default_matmul_precision(precision):
-    lowered = (
-      jax.jit(function, out_shardings=outputs)
-      .trace(*arguments)
-      .lower(lowering_platforms=("tpu",))
+  masks = [jax.ShapeDtypeStruct(s, bool) for s in (tokens, tokens[:1])]
+  arguments = jax.tree.map(array, (abstract_params(config), h, state, *masks))
+  if kernel:
+    function = functools.partial(
+      sleep.one_kernel, model(config, 1), passes, False
     )
+  else:
+    # On this machine's own backend the door would choose plain XLA.
+    rules["on_tpu"] = dataclasses.replace(
+      rules[config.update_rule],
+      chunkwise=functools.partial(
+        api.gated_delta_rule, implementation="pallas_tpu"
+      ),
+    )
+    served = dataclasses.replace(config, update_rule="on_tpu")
+    function = functools.partial(sleep.scanned, model(served, 1), passes)
+  outputs = jax.tree.map(lambda x: x.format, arguments[1:3])
+  lowered = (
+    jax.jit(function, out_shardings=outputs)
+    .trace(*arguments)
+    .lower(lowering_platforms=("tpu",))
+  )
   return lowered.compile()
+
+
+def hbm_bytes(entry):
+  """What the operations of an entry computation read and write in HBM.
+
+  Args:
+    entry: its text, operations in order, layouts with memory spaces.
+  """
+  sizes, total = {}, 0
+  pattern = r"\s*(?:ROOT )?%(\S+) = (.*?) ([\w-]+)\((.*?)\)(?:,|$)"
+  for name, shape, kind, operands in re.findall(pattern, entry, re.M):
+    # S(1) is VMEM, S(2) scalar memory.
+    sizes[name] = sum(
+      ITEM_SIZES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
+      for dtype, dims, layout in re.findall(
+        r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape
+      )
+      if "S(" not in layout
+    )
+    if kind in FREE:
+      continue
+    read = [sizes.get(x, 0) for x in re.findall(r"%([\w.-]+)", operands)]
+    total += sum(read)
+    if kind != "copy-start":  # its result names its operand once more
+      total += sizes[name]
+  return total
+
+
+class Row(NamedTuple):
+  """What is known of a sleep: HBM bytes, cycles, (stores, fills), bytes."""
+
+  traffic: float
+  cycles: float
+  spills: tuple[int, int]
+  temporaries: int
+
+
+def kernel_row(topology, dump, config, passes) -> Row:
+  kernels = importlib.import_module("pallas_kernels.sleep_stack.pallas_tpu")
+  compiled = compile_case(topology, dump, config, passes, kernel=True)
+  memory = compiled.memory_analysis()
+  depths, steps, stores, fills = tpu_kernel(dump, "sleep_stack")
+  stack = kernels.Stack.of(config, BATCH, window_length(), passes)
+  ((_, repeats),) = config.pattern
+  # Loops of one trip are none.
+  trips = [i for i in (passes, repeats, stack.groups) if i > 1]
+  return Row(
+    memory.argument_size_in_bytes + memory.output_size_in_bytes,
+    sum(
+      bundles * math.prod([steps, *trips][:depth])
+      for depth, bundles in depths.items()
+    ),
+    (stores, fills),
+    memory.temp_size_in_bytes,
+  )
+
+
+def scan_row(topology, dump, config) -> Row:
+  """Of one pass."""
+  # Each repeat by itself: what is said of a loop is for one trip.
+  ((kinds, repeats),) = config.pattern
+  flat = dataclasses.replace(config, pattern=((kinds, 1),) * repeats)
+  compiled = compile_case(topology, dump, flat, 1, kernel=False)
+  entry = compiled.as_text().split("\nENTRY ")[1].split("\n}")[0]
+  depths, steps, stores, fills = tpu_kernel(dump)
+  estimates = re.findall(r'"estimated_cycles":"(\d+)"', entry)
+  rules = kinds.count("gdn") * repeats
+  return Row(
+    hbm_bytes(entry),
+    sum(map(int, estimates)) + rules * (depths[0] + depths[1] * steps),
+    (stores, fills),
+    compiled.memory_analysis().temp_size_in_bytes,
+  )
 
 
 def report(target, only, dump):
@@ -142,51 +227,36 @@ def report(target, only, dump):
   kernels = importlib.import_module("pallas_kernels.sleep_stack.pallas_tpu")
   chip = CHIPS[target]
   topology = topologies.get_topology_desc(chip.topology, platform="tpu")
-  paper = automaton.paper()
-  length = paper.sleep.window_length
+  # FLOPs a microsecond.
+  units = 2e3 * chip.units * chip.cores * chip.side**2 * chip.gigahertz
   print(
-    "| case | N | form | HBM MB | cycles, thousands | us | units us | spill "
+    "| case | HBM MB | cycles, thousands | us | HBM us | units us | spill "
     "stores, fills | temporaries |"
   )
-  print("|---|---|---|---|---|---|---|---|---|")
-  for (name, precision), passes, form in itertools.product(
-    PRECISIONS.items(), PASSES, ("kernel", "scan")
-  ):
-    if not re.search(only, f"{name} N = {passes} {form}"):
+  print("|---|---|---|---|---|---|---|---|")
+  for dtype, form in itertools.product(DTYPES, ("kernel", "scan")):
+    if not re.search(only, f"{dtype} {form}"):
       continue
-    for path in glob.glob(f"{dump}/*"):
-      os.remove(path)
-    config = dataclasses.replace(paper.model, compute_dtype=name.split(",")[0])
+    config = dataclasses.replace(automaton.paper().model, compute_dtype=dtype)
     if form == "kernel":
-      compiled = compile_case(topology, config, passes, precision, True)
-      memory = compiled.memory_analysis()
-      traffic = memory.argument_size_in_bytes + memory.output_size_in_bytes
-      depths, steps, *spills = tpu_kernel(dump, "sleep_stack")
-      stack = kernels.Stack.of(config, BATCH, length, passes)
-      ((_, repeats),) = config.pattern
-      # Loops of one trip are none.
-      trips = [i for i in (passes, repeats, stack.groups) if i > 1]
-      cycles = depths[0] + sum(
-        depths[i + 1] * steps * math.prod(trips[:i])
-        for i in range(len(trips) + 1)
-      )
+      rows = {n: kernel_row(topology, dump, config, n) for n in PASSES}
     else:
-      # Each repeat by itself: what XLA says of a loop is for one trip.
-      ((kinds, repeats),) = config.pattern
-      flat = dataclasses.replace(config, pattern=((kinds, 1),) * repeats)
-      compiled = compile_case(topology, flat, 1, precision, False)
-      memory = compiled.memory_analysis()
-      traffic = passes * compiled.cost_analysis()["bytes accessed"]
-      depths, steps, *spills = tpu_kernel(dump)
-      entry = compiled.as_text().split("\nENTRY ")[1].split("\n}")[0]
-      estimates = re.findall(r'"estimated_cycles":"(\d+)"', entry)
-      rules = kernels.Stack.of(config, BATCH, length, 1).kinds.count("gdn")
-      cycles = passes * (
-        sum(map(int, estimates)) + rules * (depths[0] + depths[1] * steps)
+      one = scan_row(topology, dump, config)
+      rows = {
+        n: one._replace(traffic=n * one.traffic, cycles=n * one.cycles)
+        for n in PASSES
+      }
+    for passes, row in rows.items():
+      stack = kernels.Stack.of(config, BATCH, window_length(), passes)
+      flops = kernels.flops(stack, abstract_params(config))
+      print(
+        f"| {dtype}, N = {passes}, {form} | {row.traffic / 1e6:.0f} "
+        f"| {row.cycles / 1e3:.0f} | {row.cycles / chip.gigahertz / 1e3:.0f} "
+        f"| {row.traffic / chip.gigabytes_per_second / 1e3:.0f} "
+        f"| {flops / units:.0f} | {row.spills[0]}, {row.spills[1]} "
+        f"| {row.temporaries / 2**20:.1f} MiB |",
+        flush=True,
       )
-    print(
-      form, name, passes, traffic, cycles, spills, memory.temp_size_in_bytes
-    )
 
 
 if __name__ == "__main__":

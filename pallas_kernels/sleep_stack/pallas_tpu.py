@@ -336,7 +336,9 @@ class _Pass:
       rule.one_chunk(
         layout,
         scratch.rule,
-        *(ref.at[rows] for ref in (scratch.q, scratch.k, scratch.v)),
+        scratch.q.at[rows],
+        scratch.k.at[rows],
+        scratch.v.at[rows],
         scratch.gates.at[rows],
         scratch.o.at[rows],
         state_ref.at[r, rows],
