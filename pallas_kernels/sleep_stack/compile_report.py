@@ -7,9 +7,8 @@ rows of 24 tokens. A row for each dtype, N and form: the kernel, or the scan
 over passes with the rule's own kernel. The scan is compiled for one pass, each
 repeat of the pattern by itself, and counted N times.
 
-HBM MB: of the kernel its inputs and outputs, as they lie in HBM. Of the scan
-what each operation of a pass reads and writes there, arrays that XLA keeps in
-VMEM from one operation to the next left out.
+HBM MB: what each operation reads and writes there, the kernel among them;
+arrays that XLA keeps in VMEM from one operation to the next are left out.
 
 Cycles: of the kernel its bundles, each level of loops by its trips, if none
 stalls. Of the scan XLA's own estimates for its operations, and the bundles of
@@ -44,7 +43,10 @@ DTYPES = ("float32", "bfloat16")
 # Bytes of an element, by XLA's name for its type.
 ITEM_SIZES = dict(f32=4, bf16=2, s32=4, u32=4, pred=1)
 # Operations that move nothing, or whose end is counted at their start.
-FREE = "parameter constant bitcast tuple get-tuple-element copy-done".split()
+FREE = (
+  *("parameter", "constant", "bitcast", "tuple", "get-tuple-element"),
+  *("copy-done", "slice-done"),
+)
 
 
 def main() -> None:
@@ -147,29 +149,29 @@ def compile_case(topology, dump, config, passes, kernel):
   return lowered.compile()
 
 
-def hbm_bytes(entry):
-  """What the operations of an entry computation read and write in HBM.
+def hbm_bytes(compiled):
+  """What the operations of a compiled function read and write in HBM.
 
-  Args:
-    entry: its text, operations in order, layouts with memory spaces.
+  Those of its entry computation: it has no loops.
   """
+  entry = compiled.as_text().split("\nENTRY ")[1].split("\n}")[0]
   sizes, total = {}, 0
   pattern = r"\s*(?:ROOT )?%(\S+) = (.*?) ([\w-]+)\((.*?)\)(?:,|$)"
+  array = r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?"
   for name, shape, kind, operands in re.findall(pattern, entry, re.M):
+    parts = [
+      (ITEM_SIZES[dtype] * math.prod(int(n) for n in dims.split(",") if n), at)
+      for dtype, dims, at in re.findall(array, shape)
+    ]
     # S(1) is VMEM, S(2) scalar memory.
-    sizes[name] = sum(
-      ITEM_SIZES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
-      for dtype, dims, layout in re.findall(
-        r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape
-      )
-      if "S(" not in layout
-    )
-    if kind in FREE:
-      continue
-    read = [sizes.get(x, 0) for x in re.findall(r"%([\w.-]+)", operands)]
-    total += sum(read)
-    if kind != "copy-start":  # its result names its operand once more
-      total += sizes[name]
+    sizes[name] = sum(size for size, at in parts if "S(" not in at)
+    if kind.endswith("-start"):
+      # Between HBM and VMEM, of a whole or a slice: it names both ends, and a
+      # word to wait for.
+      total += min(size for size, _ in parts[:2])
+    elif kind not in FREE:
+      read = re.findall(r"%([\w.-]+)", operands)
+      total += sizes[name] + sum(sizes.get(x, 0) for x in read)
   return total
 
 
@@ -185,20 +187,19 @@ class Row(NamedTuple):
 def kernel_row(topology, dump, config, passes) -> Row:
   kernels = importlib.import_module("pallas_kernels.sleep_stack.pallas_tpu")
   compiled = compile_case(topology, dump, config, passes, kernel=True)
-  memory = compiled.memory_analysis()
   depths, steps, stores, fills = tpu_kernel(dump, "sleep_stack")
   stack = kernels.Stack.of(config, BATCH, window_length(), passes)
   ((_, repeats),) = config.pattern
   # Loops of one trip are none.
   trips = [i for i in (passes, repeats, stack.groups) if i > 1]
   return Row(
-    memory.argument_size_in_bytes + memory.output_size_in_bytes,
+    hbm_bytes(compiled),
     sum(
       bundles * math.prod([steps, *trips][:depth])
       for depth, bundles in depths.items()
     ),
     (stores, fills),
-    memory.temp_size_in_bytes,
+    compiled.memory_analysis().temp_size_in_bytes,
   )
 
 
@@ -208,12 +209,13 @@ def scan_row(topology, dump, config) -> Row:
   ((kinds, repeats),) = config.pattern
   flat = dataclasses.replace(config, pattern=((kinds, 1),) * repeats)
   compiled = compile_case(topology, dump, flat, 1, kernel=False)
-  entry = compiled.as_text().split("\nENTRY ")[1].split("\n}")[0]
   depths, steps, stores, fills = tpu_kernel(dump)
+  # Those of computations inside fusions are in the fusions' own.
+  entry = compiled.as_text().split("\nENTRY ")[1]
   estimates = re.findall(r'"estimated_cycles":"(\d+)"', entry)
   rules = kinds.count("gdn") * repeats
   return Row(
-    hbm_bytes(entry),
+    hbm_bytes(compiled),
     sum(map(int, estimates)) + rules * (depths[0] + depths[1] * steps),
     (stores, fills),
     compiled.memory_analysis().temp_size_in_bytes,
