@@ -161,15 +161,17 @@ class TestChoice:
       (dict(width=264), 24, "D = 264 and L = 24: at most 256 and 128"),
       (dict(), 129, "D = 16 and L = 129"),
       (dict(update_rule="kda"), 24, "update rule is kda"),
+      (dict(pattern=((("attn", "rnn"), 1),)), 24, "pattern has ['rnn']"),
       (dict(mlp_width=2**19), 24, "MiB of VMEM: at most 64"),
       (dict(), 128, None),
     ],
   )
   def test_says_what_it_cannot_serve(self, changes, length, reason):
     config = dataclasses.replace(CONFIG, **changes)
-    # Of another dtype, shapes alone count.
-    model = HybridLM(dataclasses.replace(config, compute_dtype="float32"), 2)
-    params = jax.eval_shape(lambda: make_params(model))
+    served = dataclasses.replace(
+      config, compute_dtype="float32", pattern=CONFIG.pattern
+    )
+    params = jax.eval_shape(lambda: make_params(HybridLM(served, 2)))
     found = pallas_tpu.cannot_serve(config, params, 512, length)
     assert found == reason if reason is None else reason in found
 

@@ -47,7 +47,8 @@ MLP_CHUNK = 256
 VMEM_BYTES = 64 * 2**20
 COMPILER_BYTES = 24 * 2**20
 LANES = 128
-# Served: a decay for each head, or none.
+KINDS = {"attn", "gdn"}
+# The update rules served: a decay for each head, or none.
 DECAYING = {"gated_delta": True, "delta": False}
 
 
@@ -665,6 +666,8 @@ def cannot_serve(config: ModelConfig, params, batch, length) -> str | None:
   """Why the kernel does not serve this model and window; None if it does."""
   if config.compute_dtype not in ("float32", "bfloat16"):
     return f"the compute dtype is {config.compute_dtype}"
+  if others := {k for kinds, _ in config.pattern for k in kinds} - KINDS:
+    return f"the pattern has {sorted(others)}: the kernel has {sorted(KINDS)}"
   if config.width > MAX_WIDTH or length > MAX_LENGTH:
     return (
       f"D = {config.width} and L = {length}: at most {MAX_WIDTH} and "
