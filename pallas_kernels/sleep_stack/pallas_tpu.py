@@ -694,7 +694,7 @@ def sleep(
   passes: int,
   interpret: Any = False,
 ):
-  """(h, state) after `passes` passes, as `sleep_jax.sleep.scan_passes`.
+  """(h, state) after `passes` passes, as `sleep_jax.sleep.scanned`.
 
   Args:
     config: of the `HybridLM` whose blocks run.
