@@ -38,9 +38,7 @@ TWO_GROUPS = dataclasses.replace(
 
 def make(config, batch, length):
   """(model, arrays as `scanned` and `one_kernel` take them)."""
-  params, *arrays = trial.inputs(config, batch, length)
-  groups = {k: v for k, v in params.items() if k.startswith("group_")}
-  return HybridLM(config, 2), (groups, *arrays)
+  return HybridLM(config, 2), trial.inputs(config, batch, length)
 
 
 def scan(model, passes):

@@ -45,28 +45,47 @@ def verdict(kernel, trusted, config: ModelConfig, length: int) -> str | None:
 
 
 def inputs(config: ModelConfig, batch: int, length: int, seed: int = 0):
-  """(params, h, state, valid, sleeps) of a model in the midst of its work.
+  """(params, h, state, valid, sleeps) of blocks in the midst of their work.
 
   Places are padded at the start of some rows and at the end of others, and each
   third row is awake.
   """
   rng = np.random.default_rng(seed)
-  state = init_fast_weights(config, batch)
-  tokens = jnp.zeros((batch, length), jnp.int32)
-  variables = jax.jit(HybridLM(config, 2).init)(
-    jax.random.key(seed), tokens, state, tokens == 0
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  shapes = jax.eval_shape(
+    HybridLM(config, 1).init,
+    jax.random.key(0),
+    tokens,
+    init_fast_weights(config, 1),
+    jax.ShapeDtypeStruct((1, 1), bool),
+  )["params"]
+
+  def draw(path, x):
+    normal = rng.normal(size=x.shape)
+    if path[-1].key == "scale":
+      normal = 1 + 0.1 * normal
+    elif path[-1].key == "kernel":
+      normal /= x.shape[-2] ** 0.5
+    return jnp.asarray(normal, x.dtype)
+
+  params = jax.tree_util.tree_map_with_path(
+    draw, {k: v for k, v in shapes.items() if k.startswith("group_")}
   )
-
-  def vary(x, by):
-    return x + jnp.asarray(by * rng.normal(size=x.shape), x.dtype)
-
-  params = jax.tree.map(lambda x: vary(x, 0.1), variables["params"])
-  state = jax.tree.map(lambda x: vary(x, 0.3), state)
-  h = vary(jnp.zeros((batch, length, config.width), config.compute_dtype), 1)
+  h = rng.normal(size=(batch, length, config.width))
+  state = jax.tree.map(
+    lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype),
+    init_fast_weights(config, batch),
+  )
   row, place = np.arange(batch)[:, None], np.arange(length)[None]
   padding = row % 4 * length // 5
   valid = np.where(row % 2 == 0, place >= padding, place < length - padding)
-  return params, h, state, jnp.asarray(valid), jnp.asarray(row[:, 0] % 3 != 1)
+  return (
+    params,
+    jnp.asarray(h, config.compute_dtype),
+    state,
+    jnp.asarray(valid),
+    jnp.asarray(row[:, 0] % 3 != 1),
+  )
 
 
 def difference(mine, theirs) -> float:
