@@ -10,14 +10,18 @@ Rows of a batch take numbers of passes of their own. Where a row takes none,
 its h, S and cache stay as they are.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
-from sleep_jax.array_types import Counts, Hidden, Rows
+from pallas_kernels.sleep_stack import pallas_tpu, trial
+from sleep_jax.array_types import Counts, Hidden, Mask, Rows
 from sleep_jax.config import SleepConfig
-from sleep_jax.model.places import Places
+from sleep_jax.model.hybrid_lm import HybridLM
+from sleep_jax.model.places import Places, init_cache, window
 
 
 class Slept(NamedTuple):
@@ -53,6 +57,10 @@ def sleep(
 ) -> Slept:
   """A sleep to be differentiated: a `lax.scan` over N passes.
 
+  On a TPU all passes run in one kernel where it serves this model and window
+  and has passed its trial there (the gradient runs the scan); a debug log says
+  why not.
+
   A row that takes n of the N passes takes the last n, so that all rows end
   together. The passes before the last `sleep.gradient_passes` count as the
   identity on the way back: h is a residual stream and S decays slowly, so that
@@ -71,6 +79,41 @@ def sleep(
       makes the next cache.
     groups: of the model's pattern, that are looped; all of them.
   """
+  if reason := why_not_one_kernel(model, params, h, cache, groups):
+    logging.debug("sleep: one pass after the other, because %s", reason)
+    arrays = params, h, state, cache, places, row_passes
+    return _scan(model, passes, config, groups, *arrays)
+  params = {k: v for k, v in params.items() if k.startswith("group_")}
+  h, state = one_kernel(
+    *(model, passes, config, False),
+    *(params, h, state, places.valid, row_passes),
+  )
+  return Slept(h, state, cache, row_passes)
+
+
+def why_not_one_kernel(model, params, h: Hidden, cache, groups) -> str | None:
+  """Why `sleep` scans over passes here; None if it runs them in one kernel."""
+  if (platform := jax.default_backend()) != "tpu":
+    return f"there is no kernel for {platform}"
+  if jax.tree.leaves(cache):
+    return "tokens are kept, or convolutions carried"
+  count = len(model.config.pattern)
+  if groups.indices(count) != (0, count, 1):
+    return "not all groups are looped"
+  if model.config.implementation not in ("", "pallas_tpu"):
+    return f"model.implementation is {model.config.implementation}"
+  batch, length, _ = h.shape
+  if reason := pallas_tpu.cannot_serve(model.config, params, batch, length):
+    return reason
+  if reason := trial.verdict(one_kernel, scanned, model.config, length):
+    return f"the kernel failed its trial: {reason}"
+  return None
+
+
+def _scan(
+  model, passes, config, groups, params, h, state, cache, places, row_passes
+) -> Slept:
+  """`sleep` as a `lax.scan` over passes: everywhere, and differentiable."""
   blocks = _blocks(model, groups)
 
   def scan(params, cache, carry, first, last):
@@ -96,6 +139,62 @@ def sleep(
     early, made = 0, cache
   carry = scan(params, cache, (h, state, made), early, passes)
   return Slept(*carry, row_passes)
+
+
+def scanned(
+  model: HybridLM,
+  passes: int,
+  config: SleepConfig,
+  params,
+  h: Hidden,
+  state,
+  valid: Mask,
+  row_passes: Counts,
+):
+  """(h, state) after a scan over passes, where all leaves and all is looped."""
+  cache = init_cache(model.config, h.shape[0], 0, history=False)
+  places = window(valid, h.shape[1])
+  arrays = params, h, state, cache, places, row_passes
+  slept = _scan(model, passes, config, slice(None), *arrays)
+  return slept.h, slept.state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def one_kernel(
+  model: HybridLM,
+  passes: int,
+  config: SleepConfig,
+  interpret: Any,
+  params,
+  h: Hidden,
+  state,
+  valid: Mask,
+  row_passes: Counts,
+):
+  """`scanned` in one kernel, with the gradient of the scan, run again."""
+  del config  # says what the gradient keeps
+  return pallas_tpu.sleep(
+    model.config, params, h, state, valid, row_passes, passes, interpret
+  )
+
+
+def _one_kernel_forward(model, passes, config, interpret, *arrays):
+  return one_kernel(model, passes, config, interpret, *arrays), arrays
+
+
+def _one_kernel_backward(model, passes, config, interpret, arrays, cotangents):
+  del interpret
+  *primals, valid, row_passes = arrays
+
+  def scan(params, h, state):
+    arrays = params, h, state, valid, row_passes
+    return scanned(model, passes, config, *arrays)
+
+  _, vjp = jax.vjp(scan, *primals)
+  return *vjp(cotangents), None, None
+
+
+one_kernel.defvjp(_one_kernel_forward, _one_kernel_backward)
 
 
 def sleep_until(

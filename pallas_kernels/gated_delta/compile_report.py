@@ -95,10 +95,10 @@ def matrix_floor(shape, direction, chip):
   return tiles * multiplies / each
 
 
-def tpu_kernel(dump):
+def tpu_kernel(dump, name="gated_delta_"):
   """(bundles by loop depth, grid steps, spill stores, fills) from a dump."""
   (table,) = glob.glob(
-    f"{dump}/*gated_delta_*final_hlo-static-per-bundle-utilization.txt"
+    f"{dump}/*{name}*final_hlo-static-per-bundle-utilization.txt"
   )
   with open(table) as file:
     lines = file.read().splitlines()

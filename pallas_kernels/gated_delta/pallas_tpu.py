@@ -313,6 +313,11 @@ class _Scratch(NamedTuple):
     return jnp.concatenate(copies, axis=1)[:, :width]
 
 
+def scratch_shapes(layout):
+  """What `one_chunk` keeps in VMEM between its phases."""
+  return _Scratch.shapes(layout)
+
+
 class _Tile(NamedTuple):
   """A tile's number, batch row, group of heads, and lanes in the block."""
 
@@ -558,9 +563,7 @@ def _write(layout, tile, scratch, gates_ref, before_ref, after_ref):
 def _forward_kernel(
   q_ref, k_ref, v_ref, gates_ref, start_ref, o_ref, state_ref, *scratch, layout
 ):
-  scratch = _Scratch(*scratch)
   at = pl.program_id(2)
-  tiles = _tiles(layout)
   before_ref = state_ref
   if layout.chunks == 1:
     before_ref = start_ref
@@ -570,7 +573,33 @@ def _forward_kernel(
     def _():
       state_ref[...] = start_ref[...]
 
-  phases = _Phases(layout, tiles)
+  inputs = q_ref, k_ref, v_ref, gates_ref, before_ref
+  one_chunk(layout, scratch, *inputs, o_ref, state_ref, at)
+
+
+def one_chunk(
+  layout,
+  scratch,
+  q_ref,
+  k_ref,
+  v_ref,
+  gates_ref,
+  before_ref,
+  o_ref,
+  state_ref,
+  at,
+):
+  """Writes o and the state after chunk number `at` of a block.
+
+  Args:
+    scratch: refs of `scratch_shapes(layout)`.
+    q_ref, k_ref: [rows, C, heads K] of the block; v_ref, o_ref: [rows, C,
+      heads V]; gates_ref: as `_gates` makes them.
+    before_ref, state_ref: the states before and after [rows, heads K, V]; they
+      may be one.
+  """
+  scratch = _Scratch(*scratch)
+  phases = _Phases(layout, _tiles(layout))
   phases.each(_compare, scratch, q_ref, k_ref, gates_ref, at)
   _corrected(phases, scratch, v_ref, before_ref, at, reading=True)
   phases.each(_read, scratch, o_ref)

@@ -32,9 +32,9 @@ def verdict(kernel, trusted, dtype: str) -> str | None:
     kernel, trusted: (q, k, v, g, beta, initial_state) -> (o, final_state).
     dtype: of q, k and v, a name in TOLERANCES.
   """
-  # The caller may be in the midst of a trace, which is a thread's own.
-  with concurrent.futures.ThreadPoolExecutor(1) as thread:
-    reason = thread.submit(_compare, kernel, trusted, jnp.dtype(dtype)).result()
+  reason = everywhere(
+    functools.partial(_compare, kernel, trusted, jnp.dtype(dtype))
+  )
   if reason is not None:
     logging.warning(
       "gated_delta_rule: no kernel on %s, chunked_xla instead: %s",
@@ -44,9 +44,15 @@ def verdict(kernel, trusted, dtype: str) -> str | None:
   return reason
 
 
-def _compare(kernel, trusted, dtype):
-  """The answer of all processes."""
-  reason = _compare_here(kernel, trusted, dtype)
+def everywhere(compare):
+  """What `compare` finds, None or a reason, as one answer of all processes."""
+  # The caller may be in the midst of a trace, which is a thread's own.
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    return thread.submit(_agree, compare).result()
+
+
+def _agree(compare):
+  reason = compare()
   if jax.process_count() > 1:
     failed = multihost_utils.process_allgather(np.array(reason is not None))
     if failed.any() and reason is None:
@@ -54,7 +60,7 @@ def _compare(kernel, trusted, dtype):
   return reason
 
 
-def _compare_here(kernel, trusted, dtype):
+def _compare(kernel, trusted, dtype):
   for length in (24, 200):
     arrays = contract.inputs(length, key=64, value=128)
     low = contract.rounded(arrays, dtype)
