@@ -239,7 +239,7 @@ def test_passes_that_training_never_used_are_judged(finished, tmp_path):
   assert results["sleep"]["passes"] == 2
   assert list(results["by_passes"]) == ["1", "3"]
   for n, scores in results["by_passes"].items():
-    alone = judged(f"n{n}", passes=int(n))["heldout"]
+    alone = judged(f"n{n}", log, passes=int(n))["heldout"]
     assert scores["overall"] == alone["overall"]
     assert (
       scores["sleep"]["passes"] == int(n) == len(scores["sleep"]["by_pass"])

@@ -95,7 +95,8 @@ def evaluate(predict, params, split: str, batches: list[Batch], modes) -> tuple:
   """(results, mean loss) of a split; `results` as `judging.judge` gives them.
 
   Beside these stands "sleep": the mean number of "passes" of a sleep, and
-  "by_pass" the mean "norm" of S after it and relative "change" of S by it.
+  "by_pass", where passes were watched (`step.make_predict`), the mean "norm" of
+  S after it and relative "change" of S by it.
 
   An answer is right when all its tokens and the end token are the argmax,
   given the right tokens before them: exactly when greedy decoding writes it
@@ -140,6 +141,9 @@ def _sleep_summary(sleeps: list[Slept]) -> dict[str, Any]:
   if not sleeps or not any(x.passes.any() for x in sleeps):
     return {"passes": 0.0, "by_pass": {}}
   passes = np.concatenate([x.passes.ravel() for x in sleeps])
+  mean = {"passes": float(passes[passes > 0].mean())}
+  if sleeps[0].norms is None:
+    return mean | {"by_pass": {}}
   norms, changes = (
     # [windows, N, B] -> [N, windows B]
     np.concatenate(
@@ -147,15 +151,14 @@ def _sleep_summary(sleeps: list[Slept]) -> dict[str, Any]:
     )
     for arrays in zip(*((x.norms, x.changes) for x in sleeps), strict=True)
   )
-  return {
-    "passes": float(passes[passes > 0].mean()),
+  return mean | {
     "by_pass": {
       str(n): {
         "norm": float(norms[n - 1, passes >= n].mean()),
         "change": float(changes[n - 1, passes >= n].mean()),
       }
       for n in range(1, passes.max() + 1)
-    },
+    }
   }
 
 

@@ -12,7 +12,7 @@ from sleep_jax.data.pipeline import Batch
 from sleep_jax.model.fast_weights import init_fast_weights
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.rollout import Rollout, rollout
-from sleep_jax.sleep import Slept, sleep_until
+from sleep_jax.sleep import Slept, sleep, sleep_until
 
 
 class TrainState(NamedTuple):
@@ -131,6 +131,11 @@ def make_predict(model: HybridLM, config: ExperimentConfig):
   `passes` is at most the largest of N and `sleep.evaluation_passes`.
   """
   most = max((config.sleep.passes, *config.sleep.evaluation_passes))
+  watched = (
+    config.run.log_passes
+    or config.sleep.tolerance > 0
+    or config.sleep.evaluation_passes
+  )
 
   def predict(params, batch: Batch, passes) -> Prediction:
     result = run(
@@ -140,7 +145,7 @@ def make_predict(model: HybridLM, config: ExperimentConfig):
       batch,
       passes=passes,
       most_passes=most,
-      sleeper=sleep_until,
+      sleeper=sleep_until if watched else sleep,
     )
     return Prediction(result.loss_sum, result.predictions, result.slept)
 
