@@ -16,11 +16,6 @@ again from the S of the window's start, as in the rollout.
 
 import dataclasses
 import functools
-import io
-import json
-import os
-import zlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -34,9 +29,7 @@ from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.model.places import EMPTY, KeyValueCache, Places, init_cache
 from sleep_jax.rollout import Memory, init_memory, run_window
 from sleep_jax.sleep import row_norm, sleep_until
-from sleep_jax.training.workdir import write_atomically
 
-FORMAT, VERSION = "sleep_jax.session", 1
 # N is a traced number up to this, so that changing it compiles nothing.
 MOST_PASSES = 64
 
@@ -124,7 +117,7 @@ class Session:
 
     A window's worth of tokens is one call of the blocks.
     """
-    batch = self._check_state(state)
+    batch = self.check_state(state)
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape[0] != batch:
       raise ValueError(
@@ -165,7 +158,7 @@ class Session:
     A window that is not full sleeps as one padded on its left: rows whose
     answers start a window (`data.align_answer`) were trained so.
     """
-    self._check_state(state)
+    self.check_state(state)
     if self.config.eviction == "none":
       raise ValueError(
         "sleep.eviction = 'none' never sleeps: set it to 'hard' or 'sliding'"
@@ -195,7 +188,7 @@ class Session:
         0. A row's draws depend on its key and on how many tokens it was fed,
         not on how they are cut into calls.
     """
-    batch = self._check_state(state)
+    batch = self.check_state(state)
     vocabulary = self.model.vocabulary_size
     if max_tokens < 1:
       raise ValueError(f"max_tokens = {max_tokens}: must be at least 1")
@@ -234,68 +227,6 @@ class Session:
       *self._knobs(passes, tolerance),
     )
     return np.asarray(tokens)[:, :max_tokens], np.asarray(lengths), state
-
-  def save(self, path: str | os.PathLike, params, state: Any) -> None:
-    """Writes the state to a file of always the same size, whole or not at all.
-
-    The file is numpy's .npz with a JSON header, for these parameters.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    batch = self._check_state(state)
-    header = self._header(params, batch)
-    arrays = {
-      name: np.asarray(leaf).view(_storable(leaf.dtype))
-      for name, leaf in _by_name(state).items()
-    }
-    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    file = io.BytesIO()
-    np.savez(file, header=text, **arrays)
-    write_atomically(path, file.getvalue())
-
-  def load(self, path: str | os.PathLike, params) -> State:
-    """The state that `save` wrote, in this process or another.
-
-    Raises:
-      ValueError: there is no such file, it is damaged, no session, of another
-        version, or of another model, other parameters or windows.
-    """
-    try:
-      with np.load(io.BytesIO(Path(path).read_bytes())) as file:
-        there = {name: file[name] for name in file.files}
-      header = json.loads(there.pop("header").tobytes())
-      kind = header["format"], header["version"]
-    except OSError as error:
-      raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # whatever the libraries raise on bad bytes
-      raise ValueError(
-        f"{path} is damaged, or no saved session: {error}"
-      ) from error
-    if kind != (FORMAT, VERSION):
-      raise ValueError(
-        f"{path} is {kind[0]!r}, version {kind[1]!r}, not {FORMAT!r}, version "
-        f"{VERSION}: load it with the sleep_jax that saved it"
-      )
-    batch = header.get("batch_size")
-    mine = self._header(params, batch)
-    for name in sorted(header | mine):
-      was, now = header.get(name, "absent"), mine.get(name, "absent")
-      if was != now:
-        raise ValueError(
-          f"{path} is a session with {name} = {was}, but here it is {now}: "
-          "load it with the model and window that saved it"
-        )
-    like = _by_name(_like(self, batch))
-    shapes = {name: leaf.shape for name, leaf in like.items()}
-    if {name: leaf.shape for name, leaf in there.items()} != shapes or any(
-      there[name].dtype != _storable(leaf.dtype) for name, leaf in like.items()
-    ):
-      raise ValueError(f"{path} is damaged: its arrays are not its header's")
-    leaves = [
-      jnp.asarray(there[name].view(leaf.dtype)) for name, leaf in like.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(_like(self, batch)), leaves)
 
   # What is compiled.
 
@@ -460,13 +391,17 @@ class Session:
   def _most_passes(self) -> int:
     return max(MOST_PASSES, self.config.passes)
 
-  def _knobs(self, passes, tolerance):
-    passes = self.config.passes if passes is None else passes
+  def check_passes(self, passes: int) -> None:
+    """ValueError for numbers of passes that a sleep cannot take."""
     if not 1 <= passes <= self._most_passes:
       raise ValueError(
         f"passes = {passes}: must be in 1..{self._most_passes}; a sleep takes "
         "at least one pass"
       )
+
+  def _knobs(self, passes, tolerance):
+    passes = self.config.passes if passes is None else passes
+    self.check_passes(passes)
     if tolerance is None:
       tolerance = self.config.tolerance
     elif not 0 < tolerance < np.inf:
@@ -476,16 +411,16 @@ class Session:
       )
     return np.int32(passes), np.float32(tolerance)
 
-  def _check_state(self, state) -> int:
-    """The batch size of a state of this session."""
+  def check_state(self, state: Any) -> int:
+    """The batch size of a state of this session; else ValueError."""
     if not isinstance(state, State):
       raise ValueError(
         f"the state is a {type(state).__name__}: give what start, feed, "
         "generate or load returned"
       )
     batch = np.shape(state.tokens)[0]
-    like = _by_name(_like(self, batch))
-    mine = _by_name(state)
+    like = by_name(shapes(self, batch))
+    mine = by_name(state)
     for name in sorted(like | mine):
       was, wanted = (
         f"{x[name].dtype}{list(x[name].shape)}" if name in x else "absent"
@@ -509,28 +444,6 @@ class Session:
         f"sleep.window_length = {self.config.window_length} and there is room "
         f"for {room.min()}: set it higher, or let the model sleep"
       )
-
-  def _header(self, params, batch_size) -> dict[str, Any]:
-    """What a file must share with this session, as JSON gives it back."""
-    model = dataclasses.asdict(self.model.config)
-    del model["implementation"]  # the machine's choice
-    sleep = dataclasses.asdict(self.config)
-    lasting = (
-      "window_length eviction kept_pass carry_convolution looped_groups"
-    ).split()
-    checksum = 0
-    for leaf in jax.tree.leaves(params):
-      checksum = zlib.crc32(np.ascontiguousarray(leaf).data, checksum)
-    header = {
-      "format": FORMAT,
-      "version": VERSION,
-      "batch_size": batch_size,
-      "vocabulary_size": self.model.vocabulary_size,
-      "parameters' checksum": checksum,
-    }
-    header |= {f"model.{name}": value for name, value in model.items()}
-    header |= {f"sleep.{name}": sleep[name] for name in lasting}
-    return json.loads(json.dumps(header))
 
 
 def _woken(cache, kept):
@@ -584,22 +497,17 @@ def _choose(rows: Rows, new: State, old: State) -> State:
 
 
 @functools.lru_cache
-def _like(session: Session, batch_size: int) -> State:
-  """The shapes and dtypes of a session's state."""
+def shapes(session: Session, batch_size: int) -> State:
+  """The state's arrays as `jax.ShapeDtypeStruct`s."""
   return jax.eval_shape(lambda: session.start(batch_size))
 
 
-def _by_name(state) -> dict[str, Any]:
+def by_name(state) -> dict[str, Any]:
+  """A state's arrays by path, such as "start/state/0/1", in their order."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree.leaves_with_path(state)
   }
-
-
-def _storable(dtype) -> np.dtype:
-  """The dtype itself, or unsigned bits where numpy's format has none."""
-  dtype = np.dtype(dtype)
-  return dtype if dtype.isbuiltin == 1 else np.dtype(f"u{dtype.itemsize}")
 
 
 def _power_of_two(size: int) -> int:

@@ -4,11 +4,6 @@ Few shapes are compiled: most feeds are [2, 9 to 16], or a token at a time.
 """
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -92,25 +87,24 @@ def assert_close(one, other, atol=1e-12):
 
 def row(state, b):
   """One row of a state, as a batch of 1."""
-  take = lambda axis: (
-    lambda tree: jax.tree.map(  # noqa: E731
-      lambda x: np.take(x, [b], axis), tree
-    )
-  )
+
+  def take(axis, tree):
+    return jax.tree.map(lambda x: np.take(x, [b], axis), tree)
+
   first = {
-    name: take(0)(value)
+    name: take(0, value)
     for name, value in state._asdict().items()
     if name not in ("start", "fast_weights", "cache")
   }
   start = state.start
   return state._replace(
     start=start._replace(
-      state=take(1)(start.state),
-      cache=take(1)(start.cache),
-      cached=take(0)(start.cached),
+      state=take(1, start.state),
+      cache=take(1, start.cache),
+      cached=take(0, start.cached),
     ),
-    fast_weights=take(1)(state.fast_weights),
-    cache=take(1)(state.cache),
+    fast_weights=take(1, state.fast_weights),
+    cache=take(1, state.cache),
     **first,
   )
 
@@ -410,175 +404,6 @@ def test_nothing_is_compiled_while_a_session_runs(hard):
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-# Files.
-
-
-@pytest.fixture(scope="module")
-def saved(hard, tmp_path_factory):
-  """(path, state) of a session with rows at different places."""
-  session, params = hard
-  path = tmp_path_factory.mktemp("session") / "state"
-  with jax.enable_x64(True):
-    state = fed(session, params, make_tokens(16), lengths=[7, 13])
-    session.save(path, params, state)
-  return path, state
-
-
-def assert_equal(one, other):
-  assert jax.tree.structure(one) == jax.tree.structure(other)
-  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-    assert a.dtype == b.dtype
-    np.testing.assert_array_equal(a, b)
-
-
-def test_a_file_holds_the_whole_state_in_always_the_same_bytes(
-  hard, saved, tmp_path
-):
-  session, params = hard
-  path, state = saved
-  assert_equal(session.load(path, params), state)
-  for _ in range(3):
-    state = session.feed(params, state, make_tokens(16))
-  session.save(tmp_path / "later", params, state)
-  assert (tmp_path / "later").stat().st_size == path.stat().st_size
-  assert [x.name for x in tmp_path.iterdir()] == ["later"]
-
-
-@pytest.mark.slow
-def test_another_process_goes_on(hard, saved, tmp_path):
-  session, params = hard
-  path, state = saved
-  program = """
-import sys, jax
-jax.config.update("jax_enable_x64", True)
-from sleep_jax.session import Session
-from tests.test_rollout import make
-from tests.test_session import HARD, make_tokens
-model, params = make()
-session = Session(model, HARD)
-state = session.load(sys.argv[1], params)
-session.save(
-  sys.argv[2], params, session.feed(params, state, make_tokens(16, seed=1))
-)
-"""
-  root = Path(__file__).parents[1]
-  subprocess.run(
-    [sys.executable, "-c", program, path, tmp_path / "after"],
-    check=True,
-    cwd=root,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
-  )
-  expected = session.feed(params, state, make_tokens(16, seed=1))
-  assert_equal(session.load(tmp_path / "after", params), expected)
-
-
-def test_bfloat16_is_kept_to_the_bit(tmp_path):
-  config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
-  model, params = make(config)
-  session = Session(model, SLIDING)
-  noise = np.random.default_rng(0)
-  state = jax.tree.map(
-    lambda x: jnp.asarray(noise.normal(size=x.shape)).astype(x.dtype),
-    session.start(2),
-  )
-  assert {str(x.dtype) for x in jax.tree.leaves(state.cache)} == {"bfloat16"}
-  session.save(tmp_path / "state", params, state)
-  assert_equal(session.load(tmp_path / "state", params), state)
-
-
-def test_every_damage_is_refused_or_harmless(hard, saved, tmp_path):
-  session, params = hard
-  path, state = saved
-  whole, damaged = path.read_bytes(), tmp_path / "damaged"
-  for size in (0, 10, len(whole) // 2, len(whole) - 1):
-    damaged.write_bytes(whole[:size])
-    with pytest.raises(ValueError, match="damaged"):
-      session.load(damaged, params)
-  refused = 0
-  places = range(7, len(whole), 331)
-  for place in places:
-    flipped = bytearray(whole)
-    flipped[place] ^= 16
-    damaged.write_bytes(flipped)
-    try:
-      assert_equal(session.load(damaged, params), state)
-    except ValueError:  # a date in the archive may change unseen
-      refused += 1
-  assert refused > 0.8 * len(places)
-
-
-def rewrite(path, header=None, **arrays):
-  """The same file with another header or other arrays."""
-  with np.load(path) as file:
-    there = {name: file[name] for name in file.files}
-  old = json.loads(there["header"].tobytes())
-  text = json.dumps(old | (header or {})).encode()
-  there["header"] = np.frombuffer(text, np.uint8)
-  with open(path, "wb") as file:
-    np.savez(file, **(there | arrays))
-
-
-@pytest.mark.parametrize(
-  "header, arrays, message",
-  [
-    ({"format": "other"}, {}, "not 'sleep_jax.session'"),
-    ({"version": 99}, {}, "version 99"),
-    ({"batch_size": 0}, {}, "batch_size = 0"),
-    ({"batch_size": 3}, {}, "damaged"),
-    ({"batch_size": None}, {}, "damaged"),
-    ({"more": 1}, {}, "more = 1, but here it is absent"),
-    ({}, {"length": np.zeros(3, np.int32)}, "damaged"),
-    ({}, {"length": np.zeros(2, np.int64)}, "damaged"),
-    ({}, {"length": np.array([{}, {}])}, "damaged"),
-    ({}, {"length": np.array([3, 5], np.int32)}, "damaged"),
-  ],
-)
-def test_foreign_files_are_refused(
-  hard, saved, tmp_path, header, arrays, message
-):
-  session, params = hard
-  path = tmp_path / "state"
-  path.write_bytes(saved[0].read_bytes())
-  rewrite(path, header, **arrays)
-  with pytest.raises(ValueError, match=message):
-    session.load(path, params)
-
-
-def test_files_that_are_none(hard, tmp_path):
-  session, params = hard
-  with pytest.raises(ValueError, match="cannot be read: No such file"):
-    session.load(tmp_path / "none", params)
-  with pytest.raises(ValueError, match="cannot be read: Is a directory"):
-    session.load(tmp_path, params)
-  (tmp_path / "text").write_text("hello")
-  with pytest.raises(ValueError, match="damaged, or no saved session"):
-    session.load(tmp_path / "text", params)
-  np.savez(tmp_path / "arrays.npz", x=np.zeros(3))
-  with pytest.raises(ValueError, match="damaged, or no saved session"):
-    session.load(tmp_path / "arrays.npz", params)
-
-
-def test_other_models_are_refused_by_name(hard, saved):
-  session, params = hard
-  path, _ = saved
-  config = dataclasses.replace
-  for other, message in (
-    (config(session, config=config(HARD, window_length=5)), "window_length"),
-    (config(session, config=SLIDING), "sleep.eviction = hard"),
-    (
-      config(session, model=HybridLM(config(CONFIG, mlp_width=9), VOCABULARY)),
-      "model.mlp_width = 12, but here it is 9",
-    ),
-    (config(session, model=HybridLM(CONFIG, 5)), "vocabulary_size"),
-  ):
-    with pytest.raises(ValueError, match=message):
-      other.load(path, params)
-  with pytest.raises(ValueError, match="parameters' checksum"):
-    session.load(path, jax.tree.map(lambda x: x + 1, params))
-  # Another number of passes goes on with the same state.
-  config(session, config=config(HARD, passes=3)).load(path, params)
-
-
 def test_bad_input_is_told_and_leaves_the_state_as_it_was(hard):
   session, params = hard
   tokens = make_tokens(16)
@@ -627,7 +452,6 @@ def test_bad_input_is_told_and_leaves_the_state_as_it_was(hard):
     (generate(2, state=foreign), "another model"),
     (lambda: session.sleep(params, state, passes=0), "passes = 0"),
     (lambda: session.sleep(params, foreign), "another model"),
-    (lambda: session.save("x", params, foreign), "another model"),
   ):
     with pytest.raises(ValueError, match=message):
       call()
