@@ -33,10 +33,11 @@ class Places:
       is not kept.
     position: of the call's tokens [B or 1, T].
     cached: of what the cache's slots hold [B, M]; None without a cache.
-    slots: where the cache takes the tokens [B, T], M being nowhere. None: they
-      are a window that replaces the whole cache and is counted from its end,
-      as the next window will see it; where they are less than a window, which
-      nothing follows, the cache stays as it is.
+    slots: where the cache takes the tokens [B, T], M being nowhere, before they
+      look at it: what stood there is seen no more. None: they are a window
+      that replaces the whole cache and is counted from its end, as the next
+      window will see it; where they are less than a window, which nothing
+      follows, the cache stays as it is.
     window_length: L.
   """
 
@@ -48,7 +49,11 @@ class Places:
 
   @property
   def seen_positions(self):
-    """Of the cache's slots and the call's tokens [B, M + T]."""
+    """Of what a call sees: the cache [B, M], and without `slots` its tokens."""
+    if self.slots is not None:
+      own = jnp.broadcast_to(self.position, self.slots.shape)
+      row = jnp.arange(len(self.slots))[:, None]
+      return self.cached.at[row, self.slots].set(own, mode="drop")
     own = jnp.where(self.valid, self.position, EMPTY)
     if self.cached is None:
       return own
