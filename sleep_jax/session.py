@@ -136,19 +136,18 @@ class Session:
       )
     if not lengths.any():
       raise ValueError("an empty feed: give at least one token")
-    used = tokens[np.arange(size)[None] < lengths[:, None]]
-    vocabulary = self.model.vocabulary_size
-    if used.dtype.kind not in "iu" or not np.all(
-      (0 <= used) & (used < vocabulary)
-    ):
-      wrong = used[~((0 <= used) & (used < vocabulary))][:1].tolist()
+    counted = np.arange(size)[None] < lengths[:, None]
+    wrong = tokens[counted]
+    if tokens.dtype.kind in "iu":
+      wrong = wrong[(wrong < 0) | (wrong >= self.model.vocabulary_size)]
+    if wrong.size:
       raise ValueError(
-        f"tokens of {used.dtype}, such as {(wrong or used[:1].tolist())[0]}: "
-        f"must be whole numbers in 0..{vocabulary - 1}, the vocabulary"
+        f"a token is {wrong[0].item()}: must be a whole number in 0.."
+        f"{self.model.vocabulary_size - 1}, the vocabulary"
       )
     self._check_room(state, lengths)
     padded = np.zeros((batch, _power_of_two(size)), np.int32)
-    padded[:, :size] = tokens
+    padded[:, :size] = np.where(counted, tokens, 0)
     knobs = self._knobs(passes, tolerance)
     return self._feed(params, state, padded, lengths.astype(np.int32), *knobs)
 
@@ -289,23 +288,28 @@ class Session:
       active = active & (token != stop) & (n + 1 < limit)
       return state, tokens.at[:, n].set(token), active, n + 1
 
+    def unfinished(loop):
+      _, _, active, _ = loop
+      return jnp.any(active)
+
     def full(loop):
-      return loop[2] & (loop[0].length == self.config.window_length)
+      state, _, active, _ = loop
+      return active & (state.length == self.config.window_length)
 
     def until_full(loop):
       # Not at each token: what a sleep may replace would be copied then.
-      state = self._sleep(params, loop[0], full(loop), *knobs)
+      state, *rest = loop
+      state = self._sleep(params, state, full(loop), *knobs)
       return jax.lax.while_loop(
-        lambda loop: jnp.any(loop[2]) & ~jnp.any(full(loop)),
+        lambda loop: unfinished(loop) & ~jnp.any(full(loop)),
         decode,
-        (state, *loop[1:]),
+        (state, *rest),
       )
 
     tokens = jnp.zeros((batch, size), jnp.int32)
-    active = jnp.ones(batch, bool)
-    loop = state, tokens, active, jnp.zeros((), jnp.int32)
+    active, n = jnp.ones(batch, bool), jnp.zeros((), jnp.int32)
     after, tokens, _, _ = jax.lax.while_loop(
-      lambda loop: jnp.any(loop[2]), until_full, loop
+      unfinished, until_full, (state, tokens, active, n)
     )
     return tokens, after.fed - state.fed, after
 
@@ -325,15 +329,15 @@ class Session:
       jnp.where(valid, slots - window_length + position, slots),
       window_length,
     )
-    variables = {"params": params}
-    h = self.model.apply(variables, tokens, method="embed")
-    h, fast_weights, cache = self.model.apply(
-      variables, h, state.fast_weights, state.cache, places, method="blocks"
+    apply: Any = functools.partial(self.model.apply, {"params": params})
+    h = apply(tokens, method="embed")
+    h, fast_weights, cache = apply(
+      h, state.fast_weights, state.cache, places, method="blocks"
     )
     count = jnp.sum(valid, axis=1, dtype=jnp.int32)
     last = jnp.maximum(count - 1, 0)[:, None, None]
     h = jnp.take_along_axis(h, last, axis=1)
-    logits = self.model.apply(variables, h, method="logits")[:, 0]
+    logits = apply(h, method="logits")[:, 0]
     row = jnp.arange(tokens.shape[0])[:, None]
     place = jnp.where(valid, position, window_length)
     return state._replace(
@@ -393,10 +397,10 @@ class Session:
 
   def check_passes(self, passes: int) -> None:
     """ValueError for numbers of passes that a sleep cannot take."""
-    if not 1 <= passes <= self._most_passes:
+    if passes != int(passes) or not 1 <= passes <= self._most_passes:
       raise ValueError(
-        f"passes = {passes}: must be in 1..{self._most_passes}; a sleep takes "
-        "at least one pass"
+        f"passes = {passes}: must be a whole number in 1.."
+        f"{self._most_passes}; a sleep takes at least one pass"
       )
 
   def _knobs(self, passes, tolerance):
@@ -470,30 +474,14 @@ def _woken(cache, kept):
 def _choose(rows: Rows, new: State, old: State) -> State:
   """The state with some rows new."""
 
-  def choose(axis):
-    def of_leaf(new, old):
-      shape = [1] * old.ndim
-      shape[axis] = rows.size
-      return jnp.where(rows.reshape(shape), new, old)
+  def of_leaf(path, new, old):
+    # Arrays of blocks are [R, B, ...], all others [B, ...].
+    blocks = any(isinstance(key, jax.tree_util.SequenceKey) for key in path)
+    shape = [1] * old.ndim
+    shape[int(blocks)] = rows.size
+    return jnp.where(rows.reshape(shape), new, old)
 
-    return lambda new, old: jax.tree.map(of_leaf, new, old)
-
-  fields = {
-    name: choose(0)(getattr(new, name), getattr(old, name))
-    for name in State._fields
-    if name not in ("start", "fast_weights", "cache")
-  }
-  per_repeat, per_row = choose(1), choose(0)  # [R, B, ...], [B, ...]
-  return State(
-    start=Memory(
-      per_repeat(new.start.state, old.start.state),
-      per_repeat(new.start.cache, old.start.cache),
-      per_row(new.start.cached, old.start.cached),
-    ),
-    fast_weights=per_repeat(new.fast_weights, old.fast_weights),
-    cache=per_repeat(new.cache, old.cache),
-    **fields,
-  )
+  return jax.tree.map_with_path(of_leaf, new, old)
 
 
 @functools.lru_cache

@@ -44,7 +44,7 @@ def save(path: str | os.PathLike, session: Session, params, state: Any) -> None:
   }
   text = np.frombuffer(json.dumps(header).encode(), np.uint8)
   file = io.BytesIO()
-  np.savez(file, header=text, **arrays)
+  np.savez(file, allow_pickle=False, header=text, **arrays)
   write_atomically(path, file.getvalue())
 
 
@@ -97,7 +97,6 @@ def load(path: str | os.PathLike, session: Session, params) -> State:
 def _header(session: Session, params, batch_size: int) -> dict[str, Any]:
   """What a file must share with the session, as JSON gives it back."""
   model = dataclasses.asdict(session.model.config)
-  del model["implementation"]  # the machine's choice
   sleep = dataclasses.asdict(session.config)
   checksum = 0
   for leaf in jax.tree.leaves(params):
@@ -109,7 +108,11 @@ def _header(session: Session, params, batch_size: int) -> dict[str, Any]:
     "vocabulary_size": session.model.vocabulary_size,
     "parameters' checksum": checksum,
   }
-  header |= {f"model.{name}": value for name, value in model.items()}
+  header |= {
+    f"model.{name}": value
+    for name, value in model.items()
+    if name != "implementation"  # the machine's choice
+  }
   header |= {f"sleep.{name}": sleep[name] for name in _LASTING}
   return json.loads(json.dumps(header))
 

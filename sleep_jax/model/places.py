@@ -50,14 +50,14 @@ class Places:
   @property
   def seen_positions(self):
     """Of what a call sees: the cache [B, M], and without `slots` its tokens."""
-    if self.slots is not None:
-      own = jnp.broadcast_to(self.position, self.slots.shape)
-      row = jnp.arange(len(self.slots))[:, None]
-      return self.cached.at[row, self.slots].set(own, mode="drop")
     own = jnp.where(self.valid, self.position, EMPTY)
     if self.cached is None:
       return own
-    return jnp.concatenate([self.cached, own], axis=1)
+    if self.slots is None:
+      return jnp.concatenate([self.cached, own], axis=1)
+    row = jnp.arange(len(self.slots))[:, None]
+    cached = jnp.asarray(self.cached)
+    return cached.at[row, self.slots].set(own, mode="drop")
 
   @property
   def replaces_cache(self):
