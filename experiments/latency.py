@@ -8,7 +8,7 @@ random, histories are random tokens, one sequence, greedy decoding: the times do
 not depend on what is written. Histories are read before the clock runs; cells
 take turns in every round, so that a slow moment of the machine meets them all.
 
-By default a model of 4 million parameters with a window of 128 tokens;
+By default a model of 5 million parameters with a window of 128 tokens;
 `--config=experiments/math.py` chooses another.
 """
 
@@ -269,9 +269,15 @@ def verdicts(report) -> list[str]:
     + ("" if len(sizes) == 1 else f" to {max(sizes)}: not constant")
   )
   awake = np.median([cost(n, long) for n in passes])
+  # What must be read for a token at least; our cache is also copied.
+  least_bytes = [
+    4 * report[parameters] + cells[n, long]["kv_bytes"]
+    for parameters, n in (("parameters", few), ("full_cache_parameters", 0))
+  ]
   said.append(
     f"the full cache after {long} windows: {cost(0, long) / awake:.1f} times "
-    "as slow"
+    "as slow; parameters, keys and values are "
+    f"{least_bytes[1] / least_bytes[0]:.1f} times the bytes"
   )
   return said
 

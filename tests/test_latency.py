@@ -29,7 +29,7 @@ def report():
     for history in (1, 8)
   ]
   cells += [cell(0, 1, 0.002, size=10), cell(0, 8, 0.00408, size=80)]
-  return {"cells": cells}
+  return {"cells": cells, "parameters": 10, "full_cache_parameters": 20}
 
 
 def test_what_the_numbers_say():
@@ -39,7 +39,11 @@ def test_what_the_numbers_say():
   assert "noise of a cell 1.0%" in said[1]
   assert said[2] == "a sleep: 2.0 ms + 1.0 ms x N, within 0.0%"
   assert said[3] == "the state: 1000 bytes"
-  assert said[4] == "the full cache after 8 windows: 4.0 times as slow"
+  # 4 * 20 + 80 / 2 bytes against 4 * 10 + 1000 / 2.
+  assert said[4] == (
+    "the full cache after 8 windows: 4.0 times as slow; parameters, keys and "
+    "values are 0.2 times the bytes"
+  )
 
 
 def test_numbers_that_are_not_as_claimed_are_told():
