@@ -1,6 +1,6 @@
 """Sessions against the rollout, the naive loop, and themselves cut otherwise.
 
-Few shapes are compiled: most feeds are [2, 9 to 16], or a token at a time.
+Few shapes are compiled: most feeds are [2, 16], or a token at a time.
 """
 
 import dataclasses
@@ -51,9 +51,18 @@ def make_tokens(length, batch=2, seed=0):
   return rng.integers(0, VOCABULARY, (batch, length)).astype(np.int32)
 
 
-def fed(session, params, tokens, **options):
+def feed(session, params, state, tokens, lengths=None, **options):
+  """The next state, by the one shape [B, 16] that is compiled."""
+  batch, size = tokens.shape
+  lengths = [size] * batch if lengths is None else lengths
+  padded = np.zeros((batch, 16), np.int32)
+  padded[:, :size] = tokens
+  return session.feed(params, state, padded, lengths, **options)
+
+
+def fed(session, params, tokens, lengths=None, **options):
   state = session.start(len(tokens))
-  return session.feed(params, state, tokens, **options)
+  return feed(session, params, state, tokens, lengths, **options)
 
 
 def one_by_one(session, params, state, tokens):
@@ -125,15 +134,17 @@ def unrolled(session, params, tokens, passes, valid=None):
   return [(result.memory.state, result.loss_sum) for result in results]
 
 
+def nats_of_0(state):
+  return -jax.nn.log_softmax(state.logits)[:, 0].sum()
+
+
 def assert_is_rollout(session, params, length, passes=(1, 4)):
   tokens = make_tokens(length)
   answers = unrolled(session, params, tokens, passes)
   for n, (expected, loss) in zip(passes, answers, strict=True):
     state = fed(session, params, tokens, passes=n)
     assert_close(state.fast_weights, expected)
-    np.testing.assert_allclose(
-      -jax.nn.log_softmax(state.logits)[:, 0].sum(), loss, rtol=1e-12
-    )
+    np.testing.assert_allclose(nats_of_0(state), loss, rtol=1e-12)
     slept = (length - 1) // WINDOW
     np.testing.assert_array_equal(state.sleeps, [slept] * 2)
     np.testing.assert_array_equal(state.passes, [n] * 2)
@@ -213,7 +224,8 @@ def test_rows_of_any_lengths_get_what_they_would_get_alone(hard):
   for b, piece in enumerate(pieces):
     alone = session.start(1)
     for start in range(0, len(piece), 16):
-      alone = session.feed(params, alone, [piece[start : start + 16]])
+      some = np.array([piece[start : start + 16]])
+      alone = feed(session, params, alone, some)
     assert_close(kept(row(state, b)), kept(alone))
 
 
@@ -227,43 +239,37 @@ def test_any_split_gives_the_same_state(hard):
   for cuts in [(4, 8, 12), (1, 9), (6, 7, 14)]:
     state = session.start(2)
     for start, stop in zip((0, *cuts), (*cuts, 15), strict=True):
-      piece = np.zeros((2, 16), np.int32)
-      piece[:, : stop - start] = tokens[:, start:stop]
-      state = session.feed(params, state, piece, [stop - start] * 2)
+      state = feed(session, params, state, tokens[:, start:stop])
     assert_close(kept(state), kept(whole))
 
 
-def test_a_sleep_at_once_is_that_of_a_window_padded_on_its_left(hard):
-  session, params = hard
+def test_a_sleep_at_once_is_that_of_a_window_padded_on_its_left():
+  model, params = make()
+  session = Session(model, SLIDING)
   context, answer = make_tokens(3), make_tokens(2, seed=1)
-  padded = np.concatenate([np.zeros((2, 1), np.int32), context, answer], 1)
+  row = np.concatenate([np.zeros((2, 1), np.int32), context, answer], 1)
   valid = np.arange(6)[None].repeat(2, 0) > 0
-  ((expected, _),) = unrolled(session, params, padded, (2,), valid)
-  state = session.feed(
-    params, session.start(2), np.pad(context, ((0, 0), (0, 13))), [3, 3]
-  )
+  ((expected, loss),) = unrolled(session, params, row, (2,), valid)
+  state = fed(session, params, context)
   state = session.sleep(params, state)
   np.testing.assert_array_equal(state.length, 0)
-  state = one_by_one(session, params, state, answer)
+  state = feed(session, params, state, answer)
   assert_close(state.fast_weights, expected)
+  np.testing.assert_allclose(nats_of_0(state), loss, rtol=1e-12)
 
 
 def test_how_far_the_fast_weights_moved(hard):
   session, params = hard
   tokens = make_tokens(9)
-  before, after = [
-    fed(
-      session,
-      params,
-      tokens[:, :n] if n == 9 else np.pad(tokens[:, :n], ((0, 0), (0, 4))),
-      lengths=[n, n],
-    ).start.state[0][1]
-    for n in (5, 9)
-  ]
+  # S after the first sleep and the second.
+  before, after = (
+    fed(session, params, tokens[:, :n]).start.state[0][1] for n in (5, 9)
+  )
+  moved = fed(session, params, tokens).moved
   for b in range(2):
-    ratio = np.linalg.norm((after - before)[:, b]) / np.linalg.norm(after[:, b])
-    state = fed(session, params, tokens)
-    np.testing.assert_allclose(state.moved[b], ratio, rtol=1e-12)
+    change = np.linalg.norm((after - before)[:, b])
+    ratio = change / np.linalg.norm(after[:, b])
+    np.testing.assert_allclose(moved[b], ratio, rtol=1e-12)
 
 
 def test_a_tolerance_ends_sleeps_early(hard):
@@ -336,8 +342,8 @@ def test_rows_stop_by_themselves(hard):
     np.testing.assert_array_equal(tokens[b, :length], free[b, :length])
     assert not tokens[b, length:].any()
   # The state has seen what was returned, the stop token included.
-  padded = np.pad(tokens, ((0, 0), (0, 8)))
-  assert_close(kept(after), kept(session.feed(params, state, padded, lengths)))
+  again = feed(session, params, state, tokens, lengths)
+  assert_close(kept(after), kept(again))
 
 
 def test_draws(hard):

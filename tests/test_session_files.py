@@ -33,8 +33,13 @@ SLIDING = dataclasses.replace(HARD, eviction="sliding", carry_convolution=True)
 
 
 def make():
+  """(session, parameters): random ones, for what they were is no matter."""
   model = HybridLM(CONFIG, VOCABULARY)
-  return Session(model, HARD), init_params(model, 0)
+  rng = np.random.default_rng(0)
+  return Session(model, HARD), jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),
+    jax.eval_shape(lambda: init_params(model, 0)),
+  )
 
 
 def noise(session, batch=2, seed=0):
