@@ -120,7 +120,7 @@ class Chat:
     if command == "/passes":
       self._session.check_passes(passes := _whole(rest, "a number of passes"))
       self._passes = passes
-      return [f"sleeps take {passes} passes from now on"]
+      return [f"passes of the sleeps to come: {passes}"]
     if command == "/save":
       session_files.save(_file(rest), self._session, self._params, self._state)
       return [f"saved: {Path(rest).stat().st_size} bytes"]
@@ -179,9 +179,10 @@ class Chat:
     if not times:
       return []
     count = "" if times == 1 else f" {times} times, the last time"
+    passes = int(state.passes[0])
     return [
-      f"slept{count} with {int(state.passes[0])} passes: S moved by "
-      f"{100 * float(state.moved[0]):.1f}% of its norm"
+      f"slept{count} with {passes} pass{'es' if passes > 1 else ''}: S moved "
+      f"by {100 * float(state.moved[0]):.1f}% of its norm"
     ]
 
   def _place(self) -> str:

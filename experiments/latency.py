@@ -285,7 +285,7 @@ def verdicts(report) -> list[str]:
 def table(report) -> str:
   """The cells, a line each."""
   header = (
-    "        N  history  ms/token    p95  noise  tokens/s  stall ms"
+    "         N  history  ms/token    p95  noise  tokens/s  stall ms"
     "  state MB    KV MB"
   )
   lines = [header]

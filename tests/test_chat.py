@@ -77,7 +77,7 @@ def test_it_tells_of_every_sleep(session):
   assert [x.split(":")[0] for x in lines[:-1]] == ["slept with 4 passes"] * 2
   assert lines[-1] == "window 2/64, 130 tokens read, 2 sleeps"
   session.run("/passes 1")
-  assert session.run("/sleep")[0].startswith("slept with 1 passes")
+  assert session.run("/sleep")[0].startswith("slept with 1 pass:")
   assert session.run("/sleep") == ["nothing to sleep on"]
 
 
