@@ -156,9 +156,10 @@ def test_whole_windows_are_the_rollout(hard, length):
   assert_is_rollout(*hard, length)
 
 
-def test_sliding_windows_are_the_rollout():
-  model, params = make()
-  assert_is_rollout(Session(model, SLIDING), params, 3 * WINDOW - 1)
+def test_sliding_windows_are_the_rollout(hard):
+  session, params = hard
+  session = dataclasses.replace(session, config=SLIDING)
+  assert_is_rollout(session, params, 3 * WINDOW - 1)
 
 
 @pytest.mark.slow
@@ -243,9 +244,9 @@ def test_any_split_gives_the_same_state(hard):
     assert_close(kept(state), kept(whole))
 
 
-def test_a_sleep_at_once_is_that_of_a_window_padded_on_its_left():
-  model, params = make()
-  session = Session(model, SLIDING)
+def test_a_sleep_at_once_is_that_of_a_window_padded_on_its_left(hard):
+  session, params = hard
+  session = dataclasses.replace(session, config=SLIDING)
   context, answer = make_tokens(3), make_tokens(2, seed=1)
   row = np.concatenate([np.zeros((2, 1), np.int32), context, answer], 1)
   valid = np.arange(6)[None].repeat(2, 0) > 0
@@ -284,9 +285,9 @@ def test_a_tolerance_ends_sleeps_early(hard):
   assert_close(kept(tight), kept(fed(session, params, tokens, passes=4)))
 
 
-def test_nothing_is_evicted_and_no_more_fits():
+def test_nothing_is_evicted_and_no_more_fits(hard):
   """One long window, in pieces: the ordinary forward pass."""
-  model, params = make()
+  model, params = hard[0].model, hard[1]
   session = Session(
     model, SleepConfig(passes=1, window_length=16, eviction="none")
   )
