@@ -152,6 +152,47 @@ def draw_run(
   )
 
 
+def latency(report: Mapping[str, Any], path: str | os.PathLike) -> None:
+  """Draws what `experiments.latency` measured to a PNG.
+
+  Seconds per token and bytes against the history, and a sleep against N.
+
+  Raises:
+    ValueError: matplotlib is missing, or there are too many N.
+  """
+  cells = report["cells"]
+  labels = {
+    x["passes"]: f"N = {x['passes']}" if x["passes"] else "full cache"
+    for x in cells
+  }
+  styles = _styles(dict.fromkeys(labels.values()))
+  figure, panels = _panels(3)
+  for n, label in labels.items():
+    colour, marker = styles[label]
+    some = [x for x in cells if x["passes"] == n]
+    histories = [x["history"] for x in some]
+    drawn = dict(color=colour, marker=marker, ms=4.5, lw=1.2, label=label)
+    for panel, name, scale in (
+      (panels[0], "seconds_per_token", 1e3),
+      (panels[1], "state_bytes", 2**-20),
+    ):
+      panel.plot(histories, [scale * x[name] for x in some], **drawn)
+    if n:
+      stalls = [1e3 * x["stall_seconds"] for x in some]
+      panels[2].plot([n] * len(stalls), stalls, **(drawn | {"lw": 0}))
+  for panel in panels[:2]:
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xlabel("history (windows)")
+  panels[0].set_ylabel("ms per token")
+  panels[1].set_ylabel("MiB of state")
+  panels[2].set_xlabel("passes N")
+  panels[2].set_ylabel("ms of a sleep")
+  panels[2].set_xlim(left=0)
+  panels[2].set_ylim(bottom=0)
+  _save(figure, path)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m experiments.figures")
   parser.add_argument("--workdirs", required=True, help="DIR,DIR,...")

@@ -56,7 +56,7 @@ def init_memory(model, batch_size: int, sleep_config: SleepConfig) -> Memory:
     init_cache(
       model.config, batch_size, length, sleep_config.carry_convolution
     ),
-    jnp.full((batch_size, length), EMPTY) if sliding else None,
+    jnp.full((batch_size, length), EMPTY, jnp.int32) if sliding else None,
   )
 
 

@@ -208,15 +208,18 @@ def sleep_until(
   passes: int,
   config: SleepConfig,
   groups: slice = slice(None),
+  tolerance=None,
 ) -> Slept:
   """A sleep that stops early: for evaluation and sessions, not for gradients.
 
   A row stops after its `row_passes`, at most N, or where
-  |S_n - S_(n-1)| <= sleep.tolerance |S_n|; the loop ends with its last row.
-  Arguments as those of `sleep`; `Slept.norms` and `changes` are given.
+  |S_n - S_(n-1)| <= tolerance |S_n|; the loop ends with its last row.
+  Arguments as those of `sleep`, and the tolerance, which may be traced (0 takes
+  all passes; None is `sleep.tolerance`). `Slept.norms` and `changes` are given.
   """
   batch = h.shape[0]
   blocks = _blocks(model, groups)
+  tolerance = config.tolerance if tolerance is None else tolerance
 
   def unfinished(loop):
     n, active, _ = loop
@@ -234,8 +237,8 @@ def sleep_until(
       active,
       _keeps(config, active, active & (n == 0)),
     )
-    norm = _row_norm(state, batch)
-    change = _row_norm(jax.tree.map(jnp.subtract, state, before), batch)
+    norm = row_norm(state, batch)
+    change = row_norm(jax.tree.map(jnp.subtract, state, before), batch)
     change = change / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
     slept = Slept(
       h,
@@ -246,11 +249,10 @@ def sleep_until(
       slept.changes.at[n].set(jnp.where(active, change, 0)),
     )
     active = active & (n + 1 < row_passes)
-    if config.tolerance > 0:
-      active = active & (change > config.tolerance)
+    active = active & ((tolerance <= 0) | (change > tolerance))
     return n + 1, active, slept
 
-  zeros = jnp.zeros((passes, batch), _row_norm(state, batch).dtype)
+  zeros = jnp.zeros((passes, batch), row_norm(state, batch).dtype)
   start = Slept(h, state, cache, jnp.zeros_like(row_passes), zeros, zeros)
   _, _, slept = jax.lax.while_loop(
     unfinished, one_pass, (jnp.zeros((), jnp.int32), row_passes > 0, start)
@@ -284,8 +286,8 @@ def _keeps(config: SleepConfig, active: Rows, first: Rows) -> Rows:
   return first if config.kept_pass == "first" else active
 
 
-def _row_norm(state, batch):
-  """Frobenius norm of each row's S over all layers [B]."""
+def row_norm(state, batch):
+  """Frobenius norm of each row's S over all given layers [B]."""
   squares = [
     jnp.sum(jnp.square(x), axis=(0, *range(2, x.ndim)))
     for x in jax.tree.leaves(state)

@@ -41,17 +41,17 @@ class Attention(nn.Module):
     own = KeyValueCache(k, v)
     if cache is None:
       seen = own
+    elif places.slots is not None:
+      row = jnp.arange(x.shape[0])[:, None]
+      seen = cache = jax.tree.map(
+        lambda x, y: x.at[row, places.slots].set(y, mode="drop"), cache, own
+      )
     else:
       seen = jax.tree.map(
         lambda x, y: jnp.concatenate([x, y], axis=1), cache, own
       )
     y = attend(q, seen, places).reshape(*x.shape[:2], config.width)
-    if cache is not None and places.slots is not None:
-      row = jnp.arange(x.shape[0])[:, None]
-      cache = jax.tree.map(
-        lambda x, y: x.at[row, places.slots].set(y, mode="drop"), cache, own
-      )
-    elif cache is not None and places.replaces_cache:
+    if cache is not None and places.replaces_cache:
       after = places.position - places.window_length
       cache = KeyValueCache(turned(unturned, after), v)
     return layers.dense(config, config.width, "o_proj")(y), state, cache
@@ -60,9 +60,9 @@ class Attention(nn.Module):
 def attend(q, seen: KeyValueCache, places: Places):
   """softmax(q k^T / sqrt(d)) v [B, T, H, d] over what `places` lets q see.
 
-  k and v [B, M + T, heads, d] are the cache's, then the call's own. The softmax
-  is in the promotion of float32 and q's dtype; that of
-  `jax.nn.dot_product_attention` is in float32 even for float64.
+  k and v stand at `places.seen_positions`. The softmax is in the promotion of
+  float32 and q's dtype; that of `jax.nn.dot_product_attention` is in float32
+  even for float64.
   """
   k, v = seen
   batch, length, _, head_dim = q.shape

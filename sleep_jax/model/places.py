@@ -33,10 +33,11 @@ class Places:
       is not kept.
     position: of the call's tokens [B or 1, T].
     cached: of what the cache's slots hold [B, M]; None without a cache.
-    slots: where the cache takes the tokens [B, T], M being nowhere. None: they
-      are a window that replaces the whole cache and is counted from its end,
-      as the next window will see it; where they are less than a window, which
-      nothing follows, the cache stays as it is.
+    slots: where the cache takes the tokens [B, T], M being nowhere, before they
+      look at it: what stood there is seen no more. None: they are a window
+      that replaces the whole cache and is counted from its end, as the next
+      window will see it; where they are less than a window, which nothing
+      follows, the cache stays as it is.
     window_length: L.
   """
 
@@ -48,11 +49,15 @@ class Places:
 
   @property
   def seen_positions(self):
-    """Of the cache's slots and the call's tokens [B, M + T]."""
+    """Of what a call sees: the cache [B, M], and without `slots` its tokens."""
     own = jnp.where(self.valid, self.position, EMPTY)
     if self.cached is None:
       return own
-    return jnp.concatenate([self.cached, own], axis=1)
+    if self.slots is None:
+      return jnp.concatenate([self.cached, own], axis=1)
+    row = jnp.arange(len(self.slots))[:, None]
+    cached = jnp.asarray(self.cached)
+    return cached.at[row, self.slots].set(own, mode="drop")
 
   @property
   def replaces_cache(self):

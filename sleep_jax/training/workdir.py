@@ -42,8 +42,8 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Path:
   return workdir
 
 
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-  """Writes the file whole or leaves it as it was.
+def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
+  """Writes the file whole, text in UTF-8, or leaves it as it was.
 
   Raises:
     OSError: the disk is full, or the folder cannot be written.
@@ -51,8 +51,8 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
   path = Path(path)
   temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
   try:
-    with open(temporary, "w", encoding="utf-8") as file:
-      file.write(text)
+    with open(temporary, "wb") as file:
+      file.write(content.encode() if isinstance(content, str) else content)
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
