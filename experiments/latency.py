@@ -72,6 +72,7 @@ def measure(config, passes, histories, rounds: int) -> dict[str, Any]:
   import jax
   import numpy as np
 
+  from sleep_jax.baselines import full_cache
   from sleep_jax.config import SleepConfig
   from sleep_jax.data.source import task_and_tokenizer
   from sleep_jax.model.hybrid_lm import HybridLM
@@ -151,14 +152,7 @@ def measure(config, passes, histories, rounds: int) -> dict[str, Any]:
       state = read(sleeping, params, state, read_so_far, history, passes=n)
       read_so_far = history
       cells.append(cell(sleeping, params, state, n, history, {"passes": n}))
-  attention = dataclasses.replace(
-    config.model,
-    pattern=tuple(
-      (("attn",) * len(kinds), repeats)
-      for kinds, repeats in config.model.pattern
-    ),
-  )
-  model = HybridLM(attention, vocabulary)
+  model = HybridLM(full_cache(config).model, vocabulary)
   full_params = init_params(model, 0)
   for history in histories:
     # As much as is decoded, and no more.
