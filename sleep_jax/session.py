@@ -367,7 +367,7 @@ class Session:
         jnp.where(rows, passes, 0),
         self._most_passes,
         self.config,
-        functools.partial(sleep_until, tolerance=tolerance),
+        functools.partial(sleep_until, tolerance=tolerance, watch=False),
       )
       before = state.start.state
       norm = row_norm(memory.state, rows.size)
@@ -407,13 +407,14 @@ class Session:
     passes = self.config.passes if passes is None else passes
     self.check_passes(passes)
     if tolerance is None:
-      tolerance = self.config.tolerance
+      # Not a traced zero: what takes all passes may be one kernel.
+      tolerance = self.config.tolerance or None
     elif not 0 < tolerance < np.inf:
       raise ValueError(
         f"tolerance = {tolerance}: must be positive and finite; leave it out "
         "to take all passes"
       )
-    return np.int32(passes), np.float32(tolerance)
+    return np.int32(passes), tolerance and np.float32(tolerance)
 
   def check_state(self, state: Any) -> int:
     """The batch size of a state of this session; else ValueError."""

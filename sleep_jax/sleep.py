@@ -83,6 +83,14 @@ def sleep(
     logging.debug("sleep: one pass after the other, because %s", reason)
     arrays = params, h, state, cache, places, row_passes
     return _scan(model, passes, config, groups, *arrays)
+  return _in_one_kernel(
+    model, passes, config, params, h, state, cache, places, row_passes
+  )
+
+
+def _in_one_kernel(
+  model, passes, config, params, h, state, cache, places, row_passes
+) -> Slept:
   params = {k: v for k, v in params.items() if k.startswith("group_")}
   h, state = one_kernel(
     *(model, passes, config, False),
@@ -209,17 +217,25 @@ def sleep_until(
   config: SleepConfig,
   groups: slice = slice(None),
   tolerance=None,
+  watch: bool = True,
 ) -> Slept:
   """A sleep that stops early: for evaluation and sessions, not for gradients.
 
   A row stops after its `row_passes`, at most N, or where
   |S_n - S_(n-1)| <= tolerance |S_n|; the loop ends with its last row.
   Arguments as those of `sleep`, and the tolerance, which may be traced (0 takes
-  all passes; None is `sleep.tolerance`). `Slept.norms` and `changes` are given.
+  all passes; None is `sleep.tolerance`). `Slept.norms` and `changes` are given
+  but where nobody watches: then a sleep without tolerance may, as in `sleep`,
+  be one kernel.
   """
   batch = h.shape[0]
   blocks = _blocks(model, groups)
   tolerance = config.tolerance if tolerance is None else tolerance
+  if not watch and isinstance(tolerance, float) and tolerance == 0:
+    if not why_not_one_kernel(model, params, h, cache, groups):
+      return _in_one_kernel(
+        model, passes, config, params, h, state, cache, places, row_passes
+      )
 
   def unfinished(loop):
     n, active, _ = loop

@@ -100,6 +100,14 @@ def test_bfloat16_is_as_near_to_float32_as_the_scan(passes):
   assert error < 0.01 + scans
 
 
+def test_passes_that_no_row_takes_are_left_out():
+  """As a session asks for: N is what rows may take at most."""
+  model, (*arrays, row_passes) = make(CONFIG, 3, 7, 2)
+  few = jnp.minimum(row_passes, jnp.asarray([1, 2, 0], jnp.int32))
+  mine = kernel(model, 64)(*arrays, few)
+  assert trial.difference(mine, scan(model, 2)(*arrays, few)) < 1e-5
+
+
 def test_places_that_sleep_not_keep_h_and_write_nothing():
   model, (params, h, state, valid, _) = make(CONFIG, 3, 7, 2)
   awake = jnp.ones(3, jnp.int32)
