@@ -2,12 +2,13 @@
 
   python -m experiments.memory --config=experiments/automaton.py
   python -m experiments.memory --config=experiments/automaton.py:paper \
-      --config.model.implementation=pallas_tpu --target=v5e --only=passes
+      --config.model.implementation=pallas_tpu --target=v5e --only=passes \
+      --savers=passes
 
 Nothing is run: the figures are the compiler's temporaries (MiB) of the loss
 and its gradient on this machine, or on a `--target` TPU that need not be there
-(extra `compile`). The columns: rematerialization of blocks alone, of passes
-too, of windows too, and with it truncation to the last pass and two windows.
+(extra `compile`). The columns: rematerialization of blocks alone; of passes
+too; of windows too; and with it truncation to the last pass and two windows.
 Beside them stands what has to be kept: the token ids and the fast weights at
 each window's start, and (h, S) at the start of each pass of one window.
 """
@@ -33,11 +34,15 @@ _ONLY = flags.DEFINE_enum("only", "", ["", "passes", "windows"], "one table")
 SAVERS = {
   "blocks": {},
   "passes": dict(remat_passes=True),
-  "passes, windows": dict(remat_passes=True, remat_windows=True),
-  "and truncated": dict(
+  "windows": dict(remat_passes=True, remat_windows=True),
+  "truncated": dict(
     remat_passes=True, remat_windows=True, gradient_passes=1, gradient_windows=2
   ),
 }
+
+_SAVERS = flags.DEFINE_multi_enum(
+  "savers", list(SAVERS), list(SAVERS), "columns; all"
+)
 
 
 def main(_):
@@ -87,13 +92,13 @@ def _device(target):
 
 
 def _table(name, rows, config, device):
-  print("| " + " | ".join([name, *SAVERS, "ids and S", "(h, S)"]) + " |")
-  print("|---" * (len(SAVERS) + 3) + "|")
+  print("| " + " | ".join([name, *_SAVERS.value, "ids and S", "(h, S)"]) + " |")
+  print("|---" * (len(_SAVERS.value) + 3) + "|")
   for value, passes, windows in rows:
     kept, carried = _floor(config, passes, windows)
     cells = [
-      temporaries(config, device, passes, windows, saver)
-      for saver in SAVERS.values()
+      temporaries(config, device, passes, windows, SAVERS[saver])
+      for saver in _SAVERS.value
     ]
     print(
       "| "
@@ -121,7 +126,7 @@ def _floor(config, passes, windows):
   return windows * (ids + size), passes * (h + size)
 
 
-def temporaries(config, device, passes, windows, saver) -> int:
+def temporaries(config, device, passes, windows, SAVERS[saver]) -> int:
   """Bytes of the compiler's temporaries of loss and gradient."""
   import jax
   import jax.numpy as jnp
