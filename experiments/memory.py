@@ -126,7 +126,7 @@ def _floor(config, passes, windows):
   return windows * (ids + size), passes * (h + size)
 
 
-def temporaries(config, device, passes, windows, SAVERS[saver]) -> int:
+def temporaries(config, device, passes, windows, saver) -> int:
   """Bytes of the compiler's temporaries of loss and gradient."""
   import jax
   import jax.numpy as jnp
