@@ -12,6 +12,8 @@ from pathlib import Path
 
 from absl import app, flags
 
+from experiments import main as command
+
 _HELP = """\
 TEXT            read a text
 /tokens 3 4 5   read token ids
@@ -23,7 +25,6 @@ TEXT            read a text
 /new            forget everything
 /help, /quit"""
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a finished run")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: the likeliest token")
 _TOP_K = flags.DEFINE_integer("top_k", None, "draw from the likeliest k")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "longest answer")
@@ -195,11 +196,11 @@ def _file(text: str) -> str:
 def main(argv):
   import jax
 
-  if len(argv) > 1 or _WORKDIR.value is None:
+  if len(argv) > 1 or command.WORKDIR.value is None:
     sys.exit("error: give --workdir=RUN, the folder of a finished run")
   try:
     chat = Chat(
-      *load_run(Path(_WORKDIR.value)),
+      *load_run(Path(command.WORKDIR.value)),
       max_tokens=_MAX_TOKENS.value,
       temperature=_TEMPERATURE.value,
       top_k=_TOP_K.value,

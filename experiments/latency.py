@@ -20,16 +20,14 @@ import time
 from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
+
+from experiments import main as command
 
 # Tokens between two readings of the clock.
 _BLOCK = 32
 # Whole windows take long, and average over themselves.
 _ROUNDS_A_WINDOW = 4
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", help_string="config file of the model; default: see above"
-)
 _PASSES = flags.DEFINE_list("passes", ["1", "2", "4", "8"], "N of the sleeps")
 _HISTORIES = flags.DEFINE_list(
   "histories", ["1", "4", "16", "64"], "in windows"
@@ -300,8 +298,8 @@ def main(argv):
     if any(not some or some[0] < 1 for some in numbers):
       raise ValueError("--passes, --histories: give whole numbers from 1 on")
     config = default_config()
-    if _CONFIG.value is not None:
-      config = from_config_dict(_CONFIG.value)
+    if command.CONFIG.value is not None:
+      config = from_config_dict(command.CONFIG.value)
     if config.sleep.eviction == "none" or config.sleep.window_length < 2:
       raise ValueError(
         "the config's model never sleeps, or its window is one token: set "

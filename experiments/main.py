@@ -14,7 +14,7 @@ from ml_collections import config_flags
 CONFIG = config_flags.DEFINE_config_file(
   "config", help_string="config file, e.g. experiments/math.py:tiny"
 )
-_WORKDIR = flags.DEFINE_string(
+WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
   "folder of the run (default: runs/<config>[-<size>][-<baseline>])",
@@ -63,7 +63,7 @@ def main(_):
   ).partition(":")
   # No comma: `experiments.figures` parts folders by it.
   name = "-".join([Path(name).stem, *filter(None, size.split(","))])
-  folder = Path(_WORKDIR.value or f"runs/{name}")
+  folder = Path(WORKDIR.value or f"runs/{name}")
   try:
     results = loop.train(from_config_dict(CONFIG.value), folder)
     print(judging.format_table(results))
