@@ -2,8 +2,7 @@
 
   python -m experiments.memory --config=experiments/automaton.py
   python -m experiments.memory --config=experiments/automaton.py:paper \
-      --config.model.implementation=pallas_tpu --target=v5e --only=passes \
-      --savers=passes
+      --config.model.implementation=pallas_tpu --target=v5e --windows= --savers=passes
 
 Nothing is run: the figures are the compiler's temporaries (MiB) of the loss
 and its gradient on this machine, or on a `--target` TPU that need not be there
@@ -20,17 +19,6 @@ from absl import app, flags
 
 from experiments import main as command
 
-_TARGET = flags.DEFINE_string(
-  "target", "", "v4, v5e, v5p, v6e, tpu7x; '': here"
-)
-_PASSES = flags.DEFINE_list(
-  "passes", ["1", "2", "4", "8"], "N of the first table"
-)
-_WINDOWS = flags.DEFINE_list(
-  "windows", ["1", "4", "16"], "windows before the last, of the second table"
-)
-_ONLY = flags.DEFINE_enum("only", "", ["", "passes", "windows"], "one table")
-
 SAVERS = {
   "blocks": {},
   "passes": dict(remat_passes=True),
@@ -40,35 +28,32 @@ SAVERS = {
   ),
 }
 
-_SAVERS = flags.DEFINE_multi_enum(
-  "savers", list(SAVERS), list(SAVERS), "columns; all"
-)
-
 
 def main(_):
+  given = flags.FLAGS
   # Before JAX is imported: compiling for another machine needs the CPU alone.
-  if _TARGET.value:
+  if given.target:
     os.environ["JAX_PLATFORMS"] = "cpu"
   from sleep_jax.config import from_config_dict
 
   try:
     config = from_config_dict(command.CONFIG.value)
     passes, windows = (
-      [_count(flag.name, value) for value in flag.value]
-      for flag in (_PASSES, _WINDOWS)
+      [_count(name, value) for value in given[name].value]
+      for name in ("passes", "windows")
     )
-    device = _device(_TARGET.value)
+    device = _device(given.target)
   except (ValueError, ImportError, RuntimeError) as error:
     command.fail(error)
-  if _ONLY.value != "windows":
-    print(
-      f"One window of {config.sleep.window_length} tokens before the last.\n"
-    )
-    _table("N", [(n, n, 1) for n in passes], config, device)
-  if _ONLY.value != "passes":
+  savers = {name: SAVERS[name] for name in given.savers}
+  if passes:
+    length = config.sleep.window_length
+    print(f"One window of {length} tokens before the last.\n")
+    _table("N", [(n, n, 1) for n in passes], config, device, savers)
+  if windows:
     print(f"\nN = {config.sleep.passes}.\n")
     rows = [(n, config.sleep.passes, n) for n in windows]
-    _table("windows", rows, config, device)
+    _table("windows", rows, config, device, savers)
 
 
 def _count(name, value):
@@ -91,14 +76,14 @@ def _device(target):
   return topologies.get_topology_desc(topology, platform="tpu").devices[0]
 
 
-def _table(name, rows, config, device):
-  print("| " + " | ".join([name, *_SAVERS.value, "ids and S", "(h, S)"]) + " |")
-  print("|---" * (len(_SAVERS.value) + 3) + "|")
+def _table(name, rows, config, device, savers):
+  print("| " + " | ".join([name, *savers, "ids and S", "(h, S)"]) + " |")
+  print("|---" * (len(savers) + 3) + "|")
   for value, passes, windows in rows:
     kept, carried = _floor(config, passes, windows)
     cells = [
-      temporaries(config, device, passes, windows, SAVERS[saver])
-      for saver in _SAVERS.value
+      temporaries(config, device, passes, windows, saver)
+      for saver in savers.values()
     ]
     print(
       "| "
@@ -161,4 +146,8 @@ def temporaries(config, device, passes, windows, saver) -> int:
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("target", "", "v4, v5e, v5p, v6e, tpu7x; '': here")
+  flags.DEFINE_list("passes", "1,2,4,8", "N of the first table")
+  flags.DEFINE_list("windows", "1,4,16", "before the last, second table")
+  flags.DEFINE_multi_enum("savers", [*SAVERS], [*SAVERS], "columns")
   app.run(main, flags_parser=command.parse)
