@@ -2,7 +2,8 @@
 
   python -m experiments.memory --config=experiments/automaton.py
   python -m experiments.memory --config=experiments/automaton.py:paper \
-      --config.model.implementation=pallas_tpu --target=v5e --windows= --savers=passes
+      --config.model.implementation=pallas_tpu --target=v5e \
+      --windows= --savers=passes
 
 Nothing is run: the figures are the compiler's temporaries (MiB) of the loss
 and its gradient on this machine, or on a `--target` TPU that need not be there
