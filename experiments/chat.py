@@ -6,6 +6,8 @@ the answer marker and prints what the model then writes. It reads commands from
 stdin, so a file of them can be piped in.
 """
 
+import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -69,7 +71,11 @@ class Chat:
   def __init__(self, config, model, params, tokenizer, **generation):
     from sleep_jax.session import Session
 
-    self._session = Session(model, config.sleep)
+    sleep = config.sleep
+    if sleep.eviction == "none":  # one window over the whole row
+      room = config.data.length + generation["max_tokens"]
+      sleep = dataclasses.replace(sleep, window_length=room)
+    self._session = Session(model, sleep)
     # Answers start a window, or follow the context in its last one.
     self._sleeps_before_answers = (
       config.data.align_answer and config.sleep.eviction != "none"
@@ -144,15 +150,25 @@ class Chat:
     return lines or ["nothing to sleep on"]
 
   def _ask(self, ids) -> list[str]:
-    lines = self._read(ids)[:-1] if ids else []
+    lines = []
     if self._sleeps_before_answers:
+      # A row that starts here is padded on its left to whole windows.
+      first = len(ids) % self._session.config.window_length
+      if first and not int(self._state.fed[0]):
+        lines += [*self._read(ids[:first])[:-1], *self._sleep()]
+        ids = ids[first:]
+    if ids:
+      lines += self._read(ids)[:-1]
+    # A full window of context sleeps as the marker arrives.
+    if self._sleeps_before_answers and int(self._state.length[0]):
       lines += self._sleep()
     lines += self._read([self._tokenizer.marker_id])[:-1]
     tokens, lengths, state = self._session.generate(
       self._params,
       self._state,
       stop=self._tokenizer.end_id,
-      passes=self._passes,
+      # A window with an answer in it was trained awake.
+      passes=1,
       **self._generation,
     )
     lines += self._slept(state)
@@ -193,10 +209,10 @@ def _file(text: str) -> str:
   return text
 
 
-def main(argv):
+def main(_):
   import jax
 
-  if len(argv) > 1 or command.WORKDIR.value is None:
+  if command.WORKDIR.value is None:
     sys.exit("error: give --workdir=RUN, the folder of a finished run")
   try:
     chat = Chat(
@@ -225,4 +241,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(
+    main, flags_parser=functools.partial(command.parse, needs_config=False)
+  )

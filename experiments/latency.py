@@ -13,6 +13,7 @@ By default a model of 5 million parameters with a window of 128 tokens;
 """
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -284,14 +285,12 @@ def table(report) -> str:
   return "\n".join(lines)
 
 
-def main(argv):
+def main(_):
   from experiments import figures
   from sleep_jax.config import from_config_dict
   from sleep_jax.training.workdir import write_atomically
 
   try:
-    if len(argv) > 1:
-      raise ValueError(f"unknown argument {argv[1]!r}: use --NAME=VALUE")
     numbers = [
       sorted({int(x) for x in flag.value}) for flag in (_PASSES, _HISTORIES)
     ]
@@ -318,4 +317,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(
+    main, flags_parser=functools.partial(command.parse, needs_config=False)
+  )

@@ -27,7 +27,7 @@ def fail(message: object):
   sys.exit(2)
 
 
-def parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str], needs_config: bool = True) -> list[str]:
   """Parses the flags; whatever is wrong with them takes one line."""
   try:
     arguments = flags.FLAGS(argv)
@@ -35,7 +35,7 @@ def parse(argv: list[str]) -> list[str]:
     # What it raised comes with its traceback, the message last.
     lines = str(error).strip().splitlines()
     fail(lines[-1] if lines else type(error).__name__)
-  if CONFIG.value is None:
+  if needs_config and CONFIG.value is None:
     fail("--config is missing: give a file, as --config=experiments/math.py")
   if len(arguments) > 1:
     fail(f"unknown argument {arguments[1]!r}: use --config.LEAF=VALUE")

@@ -39,6 +39,11 @@ def main(_):
 
   try:
     config = from_config_dict(command.CONFIG.value)
+    if config.sleep.eviction == "none":
+      raise ValueError(
+        "sleep.eviction = 'none' has one window and one pass: set it to "
+        "'hard' or 'sliding'"
+      )
     passes, windows = (
       [_count(name, value) for value in given[name].value]
       for name in ("passes", "windows")

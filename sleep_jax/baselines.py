@@ -88,7 +88,8 @@ def full_cache(config: ExperimentConfig) -> ExperimentConfig:
 
   The upper reference. Rows are laid out as for the given config.
   """
-  return _replace(transformer(config), sleep=dict(eviction="none"))
+  never = dict(evaluation_passes=(), tolerance=0.0, sampled_passes=False)
+  return _replace(transformer(config), sleep=dict(eviction="none", **never))
 
 
 def deeper(config: ExperimentConfig) -> ExperimentConfig:

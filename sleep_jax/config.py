@@ -153,7 +153,8 @@ class SleepConfig:
   # at most this, relative to S; 0 takes all N passes.
   tolerance: float = 0.0
   # Back-propagate through the last passes of each sleep, and through the last
-  # windows of each row, alone; 0 is all of them.
+  # windows of each row, alone; 0 is all of them. Keys kept by a pass that is
+  # not among these (kept_pass = "first") are constants.
   gradient_passes: int = 0
   gradient_windows: int = 0
   # Keep what a pass, or a window, starts from, and compute the rest again for
@@ -177,14 +178,23 @@ class SleepConfig:
         f"sleep.passes = {self.passes}: with sleep.eviction = 'none' nothing "
         "is evicted and nothing slept on; set sleep.passes to 1"
       )
+    if self.eviction == "none" and (
+      self.evaluation_passes or self.tolerance or self.sampled_passes
+    ):
+      yield (
+        "sleep.eviction = 'none' never sleeps: leave sleep.evaluation_passes, "
+        "sleep.tolerance and sleep.sampled_passes as they are"
+      )
     if not 0 <= self.tolerance < math.inf:
       yield (
         f"sleep.tolerance = {self.tolerance}: must be at least 0 and finite"
       )
-    if not _whole_numbers(self.evaluation_passes, 1):
+    if not _whole_numbers(self.evaluation_passes, 1) or (
+      len(set(self.evaluation_passes)) < len(self.evaluation_passes)
+    ):
       yield (
         f"sleep.evaluation_passes = {self.evaluation_passes!r}: must be a "
-        "tuple of numbers of passes, each at least 1, like (1, 2, 4)"
+        "tuple of different numbers of passes, each at least 1, like (1, 2, 4)"
       )
     if self.looped_groups != () and not (
       _whole_numbers(self.looped_groups, 0)

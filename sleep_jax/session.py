@@ -68,7 +68,8 @@ class State(NamedTuple):
 class Session:
   """Pure functions over a `State`, compiled once for each shape.
 
-  Token arrays are padded to powers of two in T before they are compiled for.
+  And once more with a tolerance; numbers of passes compile nothing. Token
+  arrays are padded to powers of two in T before they are compiled for.
   With `config.eviction` "none" nothing sleeps, and L is all that fits.
 
   Arguments that several methods have:
@@ -128,11 +129,14 @@ class Session:
     if lengths is None:
       lengths = np.full(batch, size)
     lengths = np.asarray(lengths)
-    if lengths.shape != (batch,) or not np.all(
-      (0 <= lengths) & (lengths <= size)
+    if (
+      lengths.shape != (batch,)
+      or lengths.dtype.kind not in "iu"
+      or not np.all((0 <= lengths) & (lengths <= size))
     ):
       raise ValueError(
-        f"lengths = {lengths.tolist()}: must be {batch} numbers in 0..{size}"
+        f"lengths = {lengths.tolist()}: must be {batch} whole numbers in "
+        f"0..{size}"
       )
     if not lengths.any():
       raise ValueError("an empty feed: give at least one token")
@@ -154,8 +158,10 @@ class Session:
   def sleep(self, params, state: Any, passes=None, tolerance=None) -> State:
     """The state after a sleep at once, of every row whose window holds a token.
 
-    A window that is not full sleeps as one padded on its left: rows whose
-    answers start a window (`data.align_answer`) were trained so.
+    A window that is not full sleeps as one padded on its left. So does a row's
+    first window where answers start a window (`data.align_answer`). In later
+    ones the padding stands between the window and what is kept of the last:
+    sliding eviction and a carried convolution see that, S does not.
     """
     self.check_state(state)
     if self.config.eviction == "none":
@@ -189,24 +195,26 @@ class Session:
     """
     batch = self.check_state(state)
     vocabulary = self.model.vocabulary_size
-    if max_tokens < 1:
-      raise ValueError(f"max_tokens = {max_tokens}: must be at least 1")
+    if not _whole(max_tokens) or max_tokens < 1:
+      raise ValueError(
+        f"max_tokens = {max_tokens!r}: must be a whole number of at least 1"
+      )
     if not 0 <= temperature < np.inf:
       raise ValueError(
         f"temperature = {temperature}: must be at least 0 and finite"
       )
-    if top_k is not None and not 1 <= top_k <= vocabulary:
+    if top_k is not None and not (_whole(top_k) and 1 <= top_k <= vocabulary):
       raise ValueError(
         f"top_k = {top_k}: must be in 1..{vocabulary}, or None for all"
       )
-    if stop is not None and not 0 <= stop < vocabulary:
+    if stop is not None and not (_whole(stop) and 0 <= stop < vocabulary):
       raise ValueError(
         f"stop = {stop}: must be in 0..{vocabulary - 1}, or None for no token"
       )
-    if temperature > 0 and key is None:
+    if temperature > 0 and not _is_key(key, batch):
       raise ValueError(
         f"temperature = {temperature} draws tokens: give a key, as "
-        "jax.random.key(0)"
+        f"jax.random.key(0), or {batch} of them"
       )
     if not np.all(state.fed):
       raise ValueError(
@@ -397,9 +405,9 @@ class Session:
 
   def check_passes(self, passes: int) -> None:
     """ValueError for numbers of passes that a sleep cannot take."""
-    if passes != int(passes) or not 1 <= passes <= self._most_passes:
+    if not _whole(passes) or not 1 <= passes <= self._most_passes:
       raise ValueError(
-        f"passes = {passes}: must be a whole number in 1.."
+        f"passes = {passes!r}: must be a whole number in 1.."
         f"{self._most_passes}; a sleep takes at least one pass"
       )
 
@@ -497,6 +505,19 @@ def by_name(state) -> dict[str, Any]:
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree.leaves_with_path(state)
   }
+
+
+def _whole(value) -> bool:
+  return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_key(key, batch: int) -> bool:
+  """Whether it is one of `jax.random.key`, or one for each row."""
+  return (
+    isinstance(key, jax.Array)
+    and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    and key.shape in ((), (batch,))
+  )
 
 
 def _power_of_two(size: int) -> int:

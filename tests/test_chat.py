@@ -1,16 +1,23 @@
 """The terminal program over a session, on the parameters that come along."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from experiments import chat, math
+from experiments import automaton, chat, math
+from sleep_jax.data import pipeline
+from sleep_jax.data.source import task_and_tokenizer
+from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.tasks import make_task
+from sleep_jax.training.evaluate import greedy_decode
+from sleep_jax.training.step import init_params, make_predict
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,3 +135,54 @@ def test_commands_from_a_pipe(workdir):
   assert first == "window 3/64, 3 tokens read, 0 sleeps"
   assert error.startswith("error: 'nonsense' is not in the vocabulary")
   assert last == "window 4/64, 4 tokens read, 0 sleeps"
+
+
+@pytest.mark.parametrize(
+  "variant, settings",
+  [
+    # 32 bits in windows of 12: the first is padded, the answer starts a window.
+    ("hard", dict(window_length=12, passes=3)),
+    # The last window has 8 bits, the marker, and part of the answer.
+    ("packed", dict(window_length=12, passes=3)),
+    ("none", dict(eviction="none", passes=1)),
+  ],
+)
+def test_it_writes_what_evaluation_scores(variant, settings):
+  """Against `greedy_decode` over the rollout, with random parameters."""
+  config = automaton.tiny()
+  config = dataclasses.replace(
+    config,
+    sleep=dataclasses.replace(config.sleep, **settings),
+    data=dataclasses.replace(
+      config.data, length=39, align_answer=variant != "packed"
+    ),
+  )
+  task, tokenizer = task_and_tokenizer(config)
+  model = HybridLM(config.model, tokenizer.vocab_size)
+  params = init_params(model, 0)
+  # A stream of large weights: answers that depend on what was read.
+  params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)
+  (batch,) = pipeline.eval_batches(
+    *(task, tokenizer, "heldout", 6),
+    batch_size=6,
+    length=config.data.length,
+    window_length=config.sleep.window_length,
+    align_answer=config.data.align_answer,
+  )
+  predict = functools.partial(
+    make_predict(model, config), passes=config.sleep.passes
+  )
+  written = greedy_decode(predict, params, batch)
+  talk = chat.Chat(config, model, params, tokenizer, max_tokens=3)
+  answers = set()
+  for row in range(6):
+    mask = batch.loss_mask[row]
+    context = batch.inputs[row][batch.valid[row] & ~mask]
+    talk.run("/new")
+    *_, answer, _ = talk.run(f"/ask {tokenizer.decode(context)}")
+    expected = written[row][mask].tolist()
+    if tokenizer.end_id in expected:
+      expected = expected[: expected.index(tokenizer.end_id) + 1]
+    assert answer == f"answer: {tokenizer.decode(expected)}"
+    answers.add(answer)
+  assert len(answers) > 1

@@ -43,6 +43,7 @@ def test_sizes_that_are_not_there():
     ("sleep.window_length", 0, r"sleep.window_length = 0"),
     ("sleep.eviction", "soft", r"eviction = 'soft': one of .*'sliding'"),
     ("sleep.eviction", "none", r"passes = 2: with .* set sleep.passes to 1"),
+    ("sleep.evaluation_passes", (2, 2), r"passes = \(2, 2\): .*different"),
     ("sleep.kept_pass", "middle", r"kept_pass = 'middle': one of"),
     ("sleep.tolerance", -0.1, r"tolerance = -0.1: must be at least 0"),
     ("sleep.tolerance", float("nan"), r"tolerance = nan"),

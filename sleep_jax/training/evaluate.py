@@ -57,9 +57,9 @@ def evaluate_sets(
 ) -> tuple[dict[str, Any], dict[str, float]]:
   """(results by split, metrics) on the first 1 / `share` of the batches.
 
-  A split's results are those at N passes, and "by_passes" those at each of
-  `sleep.evaluation_passes`. With `run.log_passes` the metrics have them too,
-  and what each pass did to S.
+  A split's results are those at N passes, and, on all batches or with
+  `run.log_passes`, "by_passes" those at each of `sleep.evaluation_passes`. With
+  `run.log_passes` the metrics have these too, and what each pass did to S.
   """
   results, metrics = {}, {}
   for split, batches in sets.items():
@@ -70,10 +70,14 @@ def evaluate_sets(
       judged, loss = evaluate(at, params, split, some, modes)
       return judged[split], loss
 
-    scores, loss = judged_at(config.sleep.passes)
-    scores["by_passes"] = {
-      str(n): judged_at(n)[0] for n in config.sleep.evaluation_passes
-    }
+    n = config.sleep.passes
+    scores, loss = judged_at(n)
+    if share == 1 or config.run.log_passes:
+      at_n = dict(scores)
+      scores["by_passes"] = {
+        str(other): at_n if other == n else judged_at(other)[0]
+        for other in config.sleep.evaluation_passes
+      }
     results[split] = scores
     metrics[f"eval/{split}/loss"] = loss
     metrics[f"eval/{split}/accuracy"] = scores["overall"]["accuracy"]
