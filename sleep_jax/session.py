@@ -192,6 +192,9 @@ class Session:
       key: a `jax.random.key`, or one for each row [B], for temperatures above
         0. A row's draws depend on its key and on how many tokens it was fed,
         not on how they are cut into calls.
+
+    A window that holds answers was trained awake: `passes` = 1 sleeps on it as
+    the rollout does.
     """
     batch = self.check_state(state)
     vocabulary = self.model.vocabulary_size
