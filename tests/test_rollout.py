@@ -165,6 +165,7 @@ MIDDLE = dataclasses.replace(
       sleep_config(3, gradient_passes=2, gradient_windows=2),
       *("float64", 1e-12),
       id="truncated",
+      marks=pytest.mark.slow,
     ),
     pytest.param(
       SMALL,
