@@ -20,7 +20,6 @@ from sleep_jax.training.evaluate import greedy_decode
 from sleep_jax.training.step import init_params, make_predict
 
 ROOT = Path(__file__).parents[1]
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +137,7 @@ def test_commands_from_a_pipe(workdir):
   assert last == "window 4/64, 4 tokens read, 0 sleeps"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   # Of the seeds, some answer everything alike, which would show nothing.
   "variant, seed, settings",
@@ -145,8 +145,8 @@ def test_commands_from_a_pipe(workdir):
     # 32 bits in windows of 12: the first is padded, the answer starts a window.
     ("hard", 1, dict(window_length=12, passes=3)),
     # The last window has 8 bits, the marker, and part of the answer.
-    slow("packed", 1, dict(window_length=12, passes=3)),
-    slow("none", 0, dict(eviction="none", passes=1)),
+    ("packed", 1, dict(window_length=12, passes=3)),
+    ("none", 0, dict(eviction="none", passes=1)),
   ],
 )
 def test_it_writes_what_evaluation_scores(variant, seed, settings):

@@ -217,6 +217,7 @@ def test_a_started_run_needs_what_it_started_from_no_more(finished, tmp_path):
   assert loop.train(config, tmp_path / "run") == results
 
 
+@pytest.mark.slow
 def test_passes_that_training_never_used_are_judged(finished, tmp_path):
   """Each as a run of that N judges the same parameters."""
 

@@ -146,6 +146,7 @@ MIDDLE = dataclasses.replace(
       sleep_config(3, eviction="sliding", remat_passes=True),
       *("float64", 1e-12),
       id="sliding",
+      marks=pytest.mark.slow,
     ),
     pytest.param(
       MIDDLE,
@@ -190,6 +191,7 @@ def test_loss_and_gradients_equal_the_naive_loop(
   assert_equal(mine, expected, tolerance)
 
 
+@pytest.mark.slow
 def test_truncation_changes_the_gradient_alone():
   """And in a way that the rows show: else the tests above prove nothing."""
   arrays, _ = make_rows()

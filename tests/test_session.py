@@ -206,7 +206,7 @@ def naive_stream(params, tokens, passes):
   return np.array(logits), states
 
 
-@pytest.mark.parametrize("passes", [1, 4])
+@pytest.mark.parametrize("passes", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_streaming_is_the_naive_loop(hard, passes):
   session, params = hard
   tokens = make_tokens(2 * WINDOW + 3)

@@ -207,7 +207,9 @@ def test_how_far_back_attention_sees(eviction, passes, far):
   np.testing.assert_array_equal(reached, (0 <= distance) & (distance <= far))
 
 
-@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize(
+  "eviction", [pytest.param("hard", marks=pytest.mark.slow), "sliding"]
+)
 def test_nothing_else_crosses_a_boundary(eviction):
   """With S and the kept tokens cut off, nothing of a window reaches the next;
   each of them alone lets something through."""
