@@ -138,7 +138,9 @@ MIDDLE = dataclasses.replace(
 @pytest.mark.parametrize(
   "config, sleep, dtype, tolerance",
   [
-    (CONFIG, sleep_config(1), "float64", 1e-12),
+    pytest.param(
+      *(CONFIG, sleep_config(1), "float64", 1e-12), marks=pytest.mark.slow
+    ),
     (CONFIG, sleep_config(3), "float64", 1e-12),
     (CONFIG, sleep_config(3), "float32", 1e-5),
     pytest.param(
