@@ -121,6 +121,7 @@ def test_folders_that_are_no_run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_commands_from_a_pipe(workdir):
   done = subprocess.run(
     [sys.executable, "-m", "experiments.chat", f"--workdir={workdir}"],

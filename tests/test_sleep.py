@@ -135,6 +135,7 @@ def test_sleep_stops_when_the_fast_weights_stop_changing():
   assert_rows_equal(stopped, one_sleep(sleep_until, expected), range(4))
 
 
+@pytest.mark.slow
 def test_a_drawn_number_of_passes_is_that_number():
   """Values and gradients with N = 3 and two passes drawn are those of N = 2."""
   model, params = made(FLOAT32)
