@@ -145,13 +145,19 @@ def gpu_kernels(dump):
       yield name, int(used), int(stores) + int(loads), products
 
 
-def main() -> None:
+def command_line(module, description, targets):
+  """(target, pattern of case names); what is missing or wrong ends it.
+
+  Args:
+    module: its name, as `python -m` takes it.
+    targets: what --target may be; the compiler of each must be there.
+  """
   parser = argparse.ArgumentParser(
-    prog="python -m pallas_kernels.gated_delta.compile_report",
-    description=__doc__,
+    prog=f"python -m {module}",
+    description=description,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--target", choices=[*CHIPS, "h100"], default="v5e")
+  parser.add_argument("--target", choices=targets, default="v5e")
   parser.add_argument("--only", default="", help="a pattern of case names")
   arguments = parser.parse_args()
   needed = "jax_plugins" if arguments.target == "h100" else "libtpu"
@@ -163,6 +169,13 @@ def main() -> None:
     re.compile(arguments.only)
   except re.error as error:
     parser.error(f"--only={arguments.only}: {error}")
+  return arguments.target, arguments.only
+
+
+def main() -> None:
+  target, only = command_line(
+    "pallas_kernels.gated_delta.compile_report", __doc__, [*CHIPS, "h100"]
+  )
   with tempfile.TemporaryDirectory() as dump:
     # Read when jax and the compilers are loaded, so jax comes after.
     os.environ.update(
@@ -172,9 +185,9 @@ def main() -> None:
       MOSAIC_GPU_DUMP_TO=dump,
       MOSAIC_GPU_DUMP_PTX="1",
     )
-    if arguments.target == "h100":
+    if target == "h100":
       os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
-    report(arguments.target, arguments.only, dump)
+    report(target, only, dump)
 
 
 def report(target, only, dump):

@@ -23,7 +23,6 @@ JAX_DEFAULT_MATMUL_PRECISION=highest in the environment compiles products of
 float32 for full precision; else they take one bfloat16 pass, as XLA's do.
 """
 
-import argparse
 import dataclasses
 import functools
 import glob
@@ -36,7 +35,11 @@ import re
 import tempfile
 from typing import NamedTuple
 
-from pallas_kernels.gated_delta.compile_report import CHIPS, tpu_kernel
+from pallas_kernels.gated_delta.compile_report import (
+  CHIPS,
+  command_line,
+  tpu_kernel,
+)
 
 BATCH = 512
 PASSES = (1, 4)
@@ -51,20 +54,9 @@ FREE = (
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    prog="python -m pallas_kernels.sleep_stack.compile_report",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+  target, only = command_line(
+    "pallas_kernels.sleep_stack.compile_report", __doc__, list(CHIPS)
   )
-  parser.add_argument("--target", choices=list(CHIPS), default="v5e")
-  parser.add_argument("--only", default="", help="a pattern of case names")
-  arguments = parser.parse_args()
-  if importlib.util.find_spec("libtpu") is None:
-    parser.error("libtpu is missing: pip install -e '.[compile]'")
-  try:
-    re.compile(arguments.only)
-  except re.error as error:
-    parser.error(f"--only={arguments.only}: {error}")
   with tempfile.TemporaryDirectory() as dump:
     # Read when jax and the compiler are loaded, so jax comes after.
     os.environ.update(
@@ -72,29 +64,12 @@ def main() -> None:
       TPU_SKIP_MDS_QUERY="1",
       LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
     )
-    report(arguments.target, arguments.only, dump)
+    report(target, only, dump)
 
 
 def window_length():
   automaton = importlib.import_module("experiments.automaton")
   return automaton.paper().sleep.window_length
-
-
-def abstract_params(config):
-  """The parameters of a model's blocks, as shapes."""
-  jax = importlib.import_module("jax")
-  fast_weights = importlib.import_module("sleep_jax.model.fast_weights")
-  model = importlib.import_module("sleep_jax.model.hybrid_lm").HybridLM
-  params = jax.eval_shape(
-    model(config, 1).init,
-    jax.random.key(0),
-    jax.ShapeDtypeStruct((1, 1), jax.numpy.int32),
-    jax.eval_shape(
-      functools.partial(fast_weights.init_fast_weights, config, 1)
-    ),
-    jax.ShapeDtypeStruct((1, 1), bool),
-  )["params"]
-  return {k: v for k, v in params.items() if k.startswith("group_")}
 
 
 def compile_case(topology, dump, config, passes, kernel):
@@ -109,6 +84,7 @@ def compile_case(topology, dump, config, passes, kernel):
   model = importlib.import_module("sleep_jax.model.hybrid_lm").HybridLM
   settings = importlib.import_module("sleep_jax.config")
   sleep = importlib.import_module("sleep_jax.sleep")
+  trial = importlib.import_module("pallas_kernels.sleep_stack.trial")
   for path in glob.glob(f"{dump}/*"):
     os.remove(path)
   tokens = BATCH, window_length()
@@ -126,7 +102,8 @@ def compile_case(topology, dump, config, passes, kernel):
   )
   valid = jax.ShapeDtypeStruct(tokens, bool)
   row_passes = jax.ShapeDtypeStruct(tokens[:1], "int32")
-  arguments = abstract_params(config), h, state, valid, row_passes
+  params = trial.parameter_shapes(config)
+  arguments = params, h, state, valid, row_passes
   arguments = jax.tree.map(array, arguments)
   # On this machine's own backend the door would choose plain XLA.
   served = dataclasses.replace(config, implementation="pallas_tpu")
@@ -226,6 +203,7 @@ def report(target, only, dump):
   topologies = importlib.import_module("jax.experimental.topologies")
   automaton = importlib.import_module("experiments.automaton")
   kernels = importlib.import_module("pallas_kernels.sleep_stack.pallas_tpu")
+  trial = importlib.import_module("pallas_kernels.sleep_stack.trial")
   chip = CHIPS[target]
   topology = topologies.get_topology_desc(chip.topology, platform="tpu")
   # FLOPs a microsecond.
@@ -249,7 +227,7 @@ def report(target, only, dump):
       }
     for passes, row in rows.items():
       stack = kernels.Stack.of(config, BATCH, window_length(), passes)
-      flops = kernels.flops(stack, abstract_params(config))
+      flops = kernels.flops(stack, trial.parameter_shapes(config))
       print(
         f"| {dtype}, N = {passes}, {form} | {row.traffic / 1e6:.0f} "
         f"| {row.cycles / 1e3:.0f} | {row.cycles / chip.gigahertz / 1e3:.0f} "

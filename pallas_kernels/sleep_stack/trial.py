@@ -45,6 +45,18 @@ def verdict(kernel, trusted, config: ModelConfig, length: int) -> str | None:
   return reason
 
 
+def parameter_shapes(config: ModelConfig):
+  """The parameters of a model's blocks, as shapes."""
+  params = jax.eval_shape(
+    HybridLM(config, 1).init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, 1), jnp.int32),
+    init_fast_weights(config, 1),
+    jax.ShapeDtypeStruct((1, 1), bool),
+  )["params"]
+  return {k: v for k, v in params.items() if k.startswith("group_")}
+
+
 def inputs(config: ModelConfig, batch: int, length: int, passes: int):
   """(params, h, state, valid, row_passes) of blocks in the midst of their work.
 
@@ -52,14 +64,6 @@ def inputs(config: ModelConfig, batch: int, length: int, passes: int):
   take 1 to `passes` passes.
   """
   rng = np.random.default_rng(0)
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  shapes = jax.eval_shape(
-    HybridLM(config, 1).init,
-    jax.random.key(0),
-    tokens,
-    init_fast_weights(config, 1),
-    jax.ShapeDtypeStruct((1, 1), bool),
-  )["params"]
 
   def draw(path, x):
     normal = rng.normal(size=x.shape)
@@ -69,9 +73,7 @@ def inputs(config: ModelConfig, batch: int, length: int, passes: int):
       normal /= x.shape[-2] ** 0.5
     return jnp.asarray(normal, x.dtype)
 
-  params = jax.tree_util.tree_map_with_path(
-    draw, {k: v for k, v in shapes.items() if k.startswith("group_")}
-  )
+  params = jax.tree_util.tree_map_with_path(draw, parameter_shapes(config))
   h = rng.normal(size=(batch, length, config.width))
   state = jax.tree.map(
     lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype),
