@@ -213,7 +213,7 @@ def main(_):
   import jax
 
   if command.WORKDIR.value is None:
-    sys.exit("error: give --workdir=RUN, the folder of a finished run")
+    command.fail("give --workdir=RUN, the folder of a finished run")
   try:
     chat = Chat(
       *load_run(Path(command.WORKDIR.value)),
@@ -223,7 +223,7 @@ def main(_):
       key=jax.random.key(_SEED.value),
     )
   except ValueError as error:
-    sys.exit(f"error: {error}")
+    command.fail(error)
   prompt = "> " if sys.stdin.isatty() else ""
   print("a text to read, /ask, or /help", flush=True)
   while True:

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import json
 import os
-import sys
 import time
 from typing import Any
 
@@ -313,7 +312,7 @@ def main(_):
     if _PLOT.value:
       figures.latency(report, _PLOT.value)
   except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
+    command.fail(error)
 
 
 if __name__ == "__main__":
