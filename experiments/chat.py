@@ -43,7 +43,7 @@ def load_run(workdir: Path):
     ValueError: it is not the folder of a run with parameters.
   """
   from sleep_jax.config import from_config_dict
-  from sleep_jax.data.source import task_and_tokenizer
+  from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
   from sleep_jax.model.hybrid_lm import HybridLM
   from sleep_jax.training import checkpoints
   from sleep_jax.training.step import init_params
@@ -57,7 +57,7 @@ def load_run(workdir: Path):
       "--workdir of a run"
     ) from error
   _, tokenizer = task_and_tokenizer(config)
-  model = HybridLM(config.model, tokenizer.vocab_size)
+  model = HybridLM(config.model, vocabulary_size(config, tokenizer))
   source = workdir
   if config.run.init_from and not checkpoints.is_started(workdir):
     source = config.run.init_from

@@ -72,14 +72,14 @@ def measure(config, passes, histories, rounds: int) -> dict[str, Any]:
 
   from sleep_jax.baselines import full_cache
   from sleep_jax.config import SleepConfig
-  from sleep_jax.data.source import task_and_tokenizer
+  from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
   from sleep_jax.model.hybrid_lm import HybridLM
   from sleep_jax.model.places import KeyValueCache
   from sleep_jax.session import Session
   from sleep_jax.training.step import init_params
 
   _, tokenizer = task_and_tokenizer(config)
-  vocabulary = tokenizer.vocab_size
+  vocabulary = vocabulary_size(config, tokenizer)
   length = config.sleep.window_length
   block = min(_BLOCK, length - 1)
   tokens = np.random.default_rng(0).integers(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from sleep_jax.config import ExperimentConfig
 from sleep_jax.data.pipeline import Batch
-from sleep_jax.data.source import task_and_tokenizer
+from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
 from sleep_jax.flops import Flops, count_flops
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.model.update_rules import UPDATE_RULES
@@ -64,7 +64,8 @@ def training_flops(config: ExperimentConfig) -> int:
     ValueError: the task or the tokenizer cannot be made.
   """
   _, tokenizer = task_and_tokenizer(config)
-  return config.run.steps * train_step_flops(config, tokenizer.vocab_size).total
+  size = vocabulary_size(config, tokenizer)
+  return config.run.steps * train_step_flops(config, size).total
 
 
 def hybrid(config: ExperimentConfig) -> ExperimentConfig:
@@ -185,7 +186,8 @@ def _cost(config: ExperimentConfig) -> Callable[[ExperimentConfig], int]:
     # What costs: a step of another seed or of a longer run costs the same.
     key = variant.model, variant.sleep
     if key not in counted:
-      flops = train_step_flops(variant, tokenizer.vocab_size)
+      size = vocabulary_size(variant, tokenizer)
+      flops = train_step_flops(variant, size)
       counted[key] = flops.total
     return variant.run.steps * counted[key]
 

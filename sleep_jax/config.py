@@ -7,6 +7,7 @@ back into an `ExperimentConfig` or reports all that is wrong with it at once.
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import ml_collections
@@ -19,6 +20,7 @@ from sleep_jax.tasks.rule110 import Rule110Config
 MIXERS = ("attn", "gdn")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 EVICTIONS = ("hard", "sliding", "none")
+MESH_AXES = ("data", "fsdp", "tensor")
 
 
 def _seed(name: str, value: int):
@@ -44,6 +46,9 @@ class ModelConfig:
   # Groups of (kinds of blocks, repeats); the parameters of a group's repeats
   # are stacked and scanned: ((("attn", "gdn"), 2),) is attn gdn attn gdn.
   pattern: tuple = ((("attn", "gdn"), 2),)
+  # W: rows of the embedding and of the head; 0 is the tokenizer's number of
+  # tokens, which a pretrained model's may exceed.
+  vocab_size: int = 0
   # D: width of the residual stream.
   width: int = 64
   # Attention: query heads, and the key/value heads that they share.
@@ -77,6 +82,8 @@ class ModelConfig:
     ).split():
       if getattr(self, name) < 1:
         yield f"model.{name} = {getattr(self, name)}: must be at least 1"
+    if self.vocab_size < 0:
+      yield f"model.vocab_size = {self.vocab_size}: must be at least 0"
     if self.attention_heads > 0 and self.width % (2 * self.attention_heads):
       yield (
         f"model.width = {self.width}: must be a multiple of 2 x "
@@ -273,6 +280,43 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Over which devices a run is spread (`parallel/sharding.py`).
+
+  A run may go on with another mesh than the one it was started with.
+  """
+
+  # Rows of a batch go over data x fsdp devices. 0: all that the others leave.
+  data: int = 0
+  # Parameters and optimizer state are cut into so many parts, gathered layer
+  # by layer.
+  fsdp: int = 1
+  # Heads, fast weights and the MLP's width are cut into so many parts.
+  tensor: int = 1
+  # Before `sharding.RULES`: (pattern, axes) for the parameters whose path the
+  # regular expression finds, an axis or None for each of the last dimensions,
+  # like (("head/kernel", ("fsdp", None)),).
+  rules: tuple = ()
+
+  def violations(self):
+    for name, least in dict(data=0, fsdp=1, tensor=1).items():
+      if getattr(self, name) < least:
+        yield f"mesh.{name} = {getattr(self, name)}: must be at least {least}"
+    try:
+      fits = all(
+        re.compile(pattern) and set(axes) <= {None, *MESH_AXES}
+        for pattern, axes in self.rules
+      )
+    except (TypeError, ValueError, re.error):
+      fits = False
+    if not fits:
+      yield (
+        f"mesh.rules = {self.rules!r}: must be a tuple of (regular expression, "
+        f"axes) with axes from {MESH_AXES} or None"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
   """How long to train, and what to write down on the way."""
 
@@ -323,6 +367,7 @@ class ExperimentConfig:
   sleep: SleepConfig = SleepConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
   run: RunConfig = RunConfig()
 
   def __post_init__(self):
@@ -335,6 +380,7 @@ class ExperimentConfig:
       self.sleep,
       self.data,
       self.optimizer,
+      self.mesh,
       self.run,
     ):
       yield from section.violations()
@@ -350,6 +396,13 @@ class ExperimentConfig:
       yield (
         f"sleep.looped_groups = {looped}: model.pattern has {groups} groups"
       )
+    for name in "attention_heads key_value_heads fast_weight_heads".split():
+      heads = getattr(self.model, name)
+      if self.mesh.tensor > 0 and heads % self.mesh.tensor:
+        yield (
+          f"mesh.tensor = {self.mesh.tensor}: must divide model.{name} = "
+          f"{heads}"
+        )
     parts = self.optimizer.accumulation_steps
     if parts > 0 and self.data.batch_size % parts:
       yield (
@@ -395,6 +448,7 @@ def from_config_dict(config: Any) -> ExperimentConfig:
     "sleep": SleepConfig,
     "data": DataConfig,
     "optimizer": OptimizerConfig,
+    "mesh": MeshConfig,
     "run": RunConfig,
   }
   problems = [f"unknown section {x!r}" for x in config.keys() - classes.keys()]

@@ -11,6 +11,7 @@ from sleep_jax.config import SleepConfig
 from sleep_jax.model import layers
 from sleep_jax.model.fast_weights import init_fast_weights
 from sleep_jax.model.places import EMPTY, init_cache, window
+from sleep_jax.parallel.sharding import ROWS, constrain
 from sleep_jax.sleep import Slept, sleep
 
 
@@ -51,11 +52,13 @@ def init_memory(model, batch_size: int, sleep_config: SleepConfig) -> Memory:
   """What a row starts with: S = 0, and nothing kept."""
   sliding = sleep_config.eviction == "sliding"
   length = sleep_config.window_length if sliding else 0
+  state = init_fast_weights(model.config, batch_size)
+  cache = init_cache(
+    model.config, batch_size, length, sleep_config.carry_convolution
+  )
   return Memory(
-    init_fast_weights(model.config, batch_size),
-    init_cache(
-      model.config, batch_size, length, sleep_config.carry_convolution
-    ),
+    jax.tree.map(lambda x: constrain(x, None, ROWS, "tensor"), state),
+    jax.tree.map(lambda x: constrain(x, None, ROWS), cache),
     jnp.full((batch_size, length), EMPTY, jnp.int32) if sliding else None,
   )
 
@@ -84,7 +87,7 @@ def run_window(
     slice(first, last),
     slice(last, None),
   )
-  h = model.apply({"params": params}, tokens, method="embed")
+  h = constrain(model.apply({"params": params}, tokens, method="embed"), ROWS)
   state, cache = [], []
 
   def once(h, groups):

@@ -22,3 +22,18 @@ def task_and_tokenizer(config: ExperimentConfig) -> tuple[Task, Tokenizer]:
     config.data.tokenizer, task.vocabulary, task.text_separator
   )
   return task, tokenizer
+
+
+def vocabulary_size(config: ExperimentConfig, tokenizer: Tokenizer) -> int:
+  """Rows of the embedding.
+
+  Raises:
+    ValueError: `model.vocab_size` does not hold the tokenizer's tokens.
+  """
+  size = config.model.vocab_size or tokenizer.vocab_size
+  if size < tokenizer.vocab_size:
+    raise ValueError(
+      f"model.vocab_size = {size}: the tokenizer has {tokenizer.vocab_size} "
+      "tokens; set it to at least that, or to 0"
+    )
+  return size

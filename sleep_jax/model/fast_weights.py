@@ -1,5 +1,6 @@
 """Fast weights: the layer whose state S survives eviction."""
 
+import functools
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from sleep_jax.config import ModelConfig
 from sleep_jax.model import layers
 from sleep_jax.model.places import Places
 from sleep_jax.model.update_rules import UPDATE_RULES
+from sleep_jax.parallel import sharding
 
 # Of the l2 norm of q and k, and of the gated norm of the output (fla's
 # layer defaults; these are not the model's norm_eps).
@@ -103,14 +105,16 @@ class GatedDeltaNet(nn.Module):
     beta = jax.nn.sigmoid(layers.dense(config, heads, "b_proj")(x))
     rule = UPDATE_RULES[config.update_rule]
     g = self._log_decay(x, rule.decay)
-    o, state = rule(
+    implementation = config.implementation or None
+    o, state = sharding.over_heads(
+      functools.partial(rule, implementation=implementation)
+    )(
       q,
       k,
       v,
       layers.clear_padding(g, valid),
       layers.clear_padding(beta.astype(parameters), valid),
       state,
-      config.implementation or None,
     )
     gate = layers.dense(config, heads * config.value_dim, "g_proj")(x)
     o = nn.RMSNorm(

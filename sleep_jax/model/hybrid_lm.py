@@ -1,11 +1,13 @@
 """The hybrid language model: embedding, blocks, head."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from sleep_jax.array_types import Hidden, Logits, Mask, Tokens
 from sleep_jax.config import ModelConfig
 from sleep_jax.model import blocks, layers
 from sleep_jax.model.places import Places, init_cache, window
+from sleep_jax.parallel.sharding import constrain
 
 
 class HybridLM(nn.Module):
@@ -40,7 +42,10 @@ class HybridLM(nn.Module):
 
   def embed(self, tokens: Tokens) -> Hidden:
     """Token embeddings."""
-    return self.embedding(tokens)
+    compute, _ = layers.dtypes(self.config)
+    # Looked up in parts, rows of the batch would have to come to the table.
+    table = constrain(self.embedding.embedding.astype(compute), None, "tensor")
+    return jnp.take(table, tokens, axis=0)
 
   def blocks(
     self,

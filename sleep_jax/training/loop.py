@@ -13,7 +13,7 @@ from absl import logging
 
 from sleep_jax.config import ExperimentConfig
 from sleep_jax.data import pipeline
-from sleep_jax.data.source import task_and_tokenizer
+from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.training import checkpoints, judging, optimizers, workdir
 from sleep_jax.training.evaluate import (
@@ -64,7 +64,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
     process_count=jax.process_count(),
     **layout,
   )
-  model = HybridLM(config.model, tokenizer.vocab_size)
+  model = HybridLM(config.model, vocabulary_size(config, tokenizer))
   params = init_params(model, run.seed)
   if run.init_from and not checkpoints.is_started(path):
     params = checkpoints.restore_params(run.init_from, params)

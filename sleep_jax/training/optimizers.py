@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sleep_jax.parallel import sharding
+
 # Both from the settings that the paper follows (McLeish et al.).
 ADAMW_BETAS = (0.9, 0.95)
 FINAL_RATE = 1e-3  # of the peak
@@ -42,30 +44,51 @@ def stack_equal_shapes(inner):
   """`inner`, run over one array for all leaves [R, in, out] of equal shape.
 
   Newton-Schulz iterations on dozens of separate matrices make a large graph
-  that compiles slowly; stacked, there is one for each shape.
+  that compiles slowly; stacked, there is one for each shape, and one for each
+  of the two ways that matrices are cut (`sharding.RULES`). On a mesh each
+  device takes whole matrices: iterations on cut ones would gather them all.
   """
+
+  def name(path, leaf):
+    way = "from" if path[-2].key in ("o_proj", "down_proj") else "to"
+    return f"{way} {leaf.shape[1:]}"
 
   def stack(tree):
     groups = {}
-    for leaf in jax.tree.leaves(tree):
-      groups.setdefault(f"{leaf.shape[1:]}", []).append(leaf)
-    return {shape: jnp.concatenate(group) for shape, group in groups.items()}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+      groups.setdefault(name(path, leaf), []).append(leaf)
+    return {name: jnp.concatenate(group) for name, group in groups.items()}
 
   def unstack(stacked, tree):
-    leaves, structure = jax.tree.flatten(tree)
+    leaves, structure = jax.tree.flatten_with_path(tree)
     taken, out = dict.fromkeys(stacked, 0), []
-    for leaf in leaves:
-      shape = f"{leaf.shape[1:]}"
-      start = taken[shape]
-      taken[shape] = start + leaf.shape[0]
-      out.append(stacked[shape][start : taken[shape]])
+    for path, leaf in leaves:
+      group = name(path, leaf)
+      start = taken[group]
+      taken[group] = start + leaf.shape[0]
+      out.append(stacked[group][start : taken[group]])
     return jax.tree.unflatten(structure, out)
+
+  def spread(tree):
+    return jax.tree.map(
+      lambda x: sharding.spread(x) if isinstance(x, dict) else x,
+      tree,
+      is_leaf=lambda x: isinstance(x, dict),
+    )
 
   def init(params):
     return inner.init(stack(params))
 
   def update(updates, state, params=None):
-    stacked, state = inner.update(stack(updates), state, params)
+    del params
+    stacked = stack(updates)
+    new = inner.update(spread(stacked), spread(state))
+    stacked, state = jax.tree.map(
+      lambda x, like: sharding.unspread(x, like) if isinstance(x, dict) else x,
+      new,
+      (stacked, state),
+      is_leaf=lambda x: isinstance(x, dict),
+    )
     return unstack(stacked, updates), state
 
   return optax.GradientTransformation(init, update)

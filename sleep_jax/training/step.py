@@ -11,6 +11,7 @@ from sleep_jax.config import ExperimentConfig
 from sleep_jax.data.pipeline import Batch
 from sleep_jax.model.fast_weights import init_fast_weights
 from sleep_jax.model.hybrid_lm import HybridLM
+from sleep_jax.parallel.sharding import ROWS, constrain, constrain_like
 from sleep_jax.rollout import Rollout, rollout
 from sleep_jax.sleep import Slept, sleep, sleep_until
 
@@ -86,12 +87,15 @@ def make_train_step(
   """
   parts = config.optimizer.accumulation_steps
 
+  def laid_out(tree):
+    return constrain_like(tree, config.mesh.rules)
+
   def loss_sum(params, part, passes):
     # Where they are known, rows are not asked whether they are done.
     drawn = passes if config.sleep.sampled_passes else None
     result = run(model, config, params, part, passes=drawn)
     right = exact(result.predictions, part.targets, part.loss_mask)
-    return result.loss_sum, jnp.sum(right)
+    return result.loss_sum, jnp.sum(right, dtype=jnp.int32)
 
   def accumulate(params, batch, passes):
     """(gradients, loss) summed over the batch, and the number of exact rows."""
@@ -99,10 +103,17 @@ def make_train_step(
 
     def add(totals, part):
       (loss, right), gradients = value_and_grad(params, part, passes)
+      gradients = laid_out(gradients)
       return jax.tree.map(jnp.add, totals, (gradients, loss, right)), None
 
-    cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    # Of neighbouring rows, which one device has, each part gets one.
+    cut = jax.tree.map(
+      lambda x: constrain(
+        jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), None, ROWS
+      ),
+      batch,
+    )
+    zeros = laid_out(jax.tree.map(jnp.zeros_like, params))
     loss_dtype = jax.tree.leaves(params)[0].dtype
     totals = zeros, jnp.zeros((), loss_dtype), jnp.zeros((), jnp.int32)
     return jax.lax.scan(add, totals, cut)[0]
@@ -120,7 +131,7 @@ def make_train_step(
       "grad_norm": optax.tree.norm(gradients),
     }
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, optimizer_state), metrics
+    return laid_out(TrainState(params, optimizer_state)), metrics
 
   return jax.jit(train_step, donate_argnums=0)
 
