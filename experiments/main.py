@@ -19,12 +19,44 @@ WORKDIR = flags.DEFINE_string(
   None,
   "folder of the run (default: runs/<config>[-<size>][-<baseline>])",
 )
+CLUSTER = flags.DEFINE_bool(
+  "cluster",
+  False,
+  "one of several processes that a TPU pod, SLURM or GKE has started",
+)
+COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "of several processes started by hand: host:port of 0"
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "how many there are", 1)
+PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0", 0)
+TIMEOUT = flags.DEFINE_integer(
+  "timeout", 300, "seconds to wait for a process that is missing", 1
+)
 
 
 def fail(message: object):
   """Ends with one line on stderr and exit code 2."""
   sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
   sys.exit(2)
+
+
+def join_processes():
+  """Joins the other processes of the run, if the flags say that there are."""
+  from sleep_jax.parallel import distributed
+
+  given = [
+    x is not None for x in (COORDINATOR.value, PROCESSES.value, PROCESS.value)
+  ]
+  if any(given) and not all(given):
+    fail("--coordinator, --processes and --process belong together")
+  if not any(given) and not CLUSTER.value:
+    return
+  try:
+    distributed.start(
+      TIMEOUT.value, COORDINATOR.value, PROCESSES.value, PROCESS.value
+    )
+  except ValueError as error:
+    fail(error)
 
 
 def parse(argv: list[str], needs_config: bool = True) -> list[str]:
@@ -44,9 +76,12 @@ def parse(argv: list[str], needs_config: bool = True) -> list[str]:
 
 def main(_):
   # After the flags: a mistyped one should not wait for JAX.
+  import jax
+
   from experiments import figures
   from sleep_jax.config import from_config_dict
-  from sleep_jax.training import judging, loop
+  from sleep_jax.parallel import distributed
+  from sleep_jax.training import judging, loop, preemption
 
   logging.set_verbosity(logging.INFO)
   # The libraries below log every file of a checkpoint, and the traceback of
@@ -58,6 +93,9 @@ def main(_):
       or (record.levelno > 20 and not record.exc_info)
     )
   )
+  join_processes()
+  if jax.process_index() > 0:
+    logging.set_verbosity(logging.WARNING)
   name, _, size = config_flags.get_config_filename(
     flags.FLAGS["config"]
   ).partition(":")
@@ -66,9 +104,16 @@ def main(_):
   folder = Path(WORKDIR.value or f"runs/{name}")
   try:
     results = loop.train(from_config_dict(CONFIG.value), folder)
-    print(judging.format_table(results))
+  except preemption.Preempted as reason:
+    logging.warning("%s; the same command goes on from there", reason)
+    sys.exit(preemption.EXIT_CODE)
   except (ValueError, OSError) as error:
+    if jax.process_count() > 1:
+      distributed.end(str(error))
     fail(error)
+  if jax.process_index() > 0:
+    return
+  print(judging.format_table(results))
   try:
     figures.draw_run(name, results, folder)
   except ValueError as error:  # no matplotlib

@@ -260,6 +260,9 @@ class OptimizerConfig:
   clip_norm: float = 1.0
   # Parts that a batch is cut into; their gradients are summed.
   accumulation_steps: int = 1
+  # Steps in a row that may be skipped, and counted, because their gradient is
+  # not finite, before the run ends; 0 ends it at the first.
+  skipped_steps: int = 0
 
   def violations(self):
     for name in ("muon_learning_rate", "adamw_learning_rate", "clip_norm"):
@@ -271,6 +274,10 @@ class OptimizerConfig:
       yield (
         f"optimizer.warmup_fraction, decay_fraction = {fractions}: must not be "
         "negative and must sum to at most 1"
+      )
+    if self.skipped_steps < 0:
+      yield (
+        f"optimizer.skipped_steps = {self.skipped_steps}: must be at least 0"
       )
     if self.accumulation_steps < 1:
       yield (
@@ -332,6 +339,15 @@ class RunConfig:
   evaluation_examples: int = 2048
   # Rows of an evaluation batch.
   evaluation_batch_size: int = 256
+  # Checkpoints that are kept: the last so many; all steps that are a multiple
+  # of keep_every; the best of those by an evaluation's metric, the higher the
+  # better, like "eval/heldout/accuracy". 0 and "" keep none for that.
+  keep_last: int = 2
+  keep_every: int = 0
+  keep_best: str = ""
+  # Write what the devices do from the first to the last of two steps, like
+  # (10, 15), to the workdir's profile/, for xprof or Perfetto.
+  profile_steps: tuple = ()
   # Parameters to start from: a workdir, a checkpoint or an exported folder.
   init_from: str = ""
   # Also log what each pass of a sleep does to S, and the accuracy at each of
@@ -348,9 +364,26 @@ class RunConfig:
       log_every=1,
       evaluation_examples=1,
       evaluation_batch_size=1,
+      keep_last=1,
+      keep_every=0,
     ).items():
       if getattr(self, name) < least:
         yield f"run.{name} = {getattr(self, name)}: must be at least {least}"
+    if self.keep_best and self.checkpoint_every % max(self.evaluate_every, 1):
+      yield (
+        f"run.checkpoint_every = {self.checkpoint_every}: with run.keep_best "
+        "every saved step is evaluated; make it a multiple of "
+        f"run.evaluate_every = {self.evaluate_every}"
+      )
+    if self.profile_steps != () and not (
+      _whole_numbers(self.profile_steps, 1)
+      and len(self.profile_steps) == 2
+      and self.profile_steps[0] <= self.profile_steps[1]
+    ):
+      yield (
+        f"run.profile_steps = {self.profile_steps!r}: must be () or the first "
+        "and the last step to profile, like (10, 15)"
+      )
     yield from _seed("run.seed", self.seed)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sleep_jax.config import MESH_AXES, ExperimentConfig
@@ -113,6 +114,11 @@ def _count(sizes, axis) -> int:
   return int(np.prod([sizes[name] for name in names], dtype=int))
 
 
+def parts_of_rows(mesh: Mesh) -> int:
+  """Parts that a batch is cut into: it has a multiple of so many rows."""
+  return _count(mesh.shape, ROWS)
+
+
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:
   """(index, count): this process loads the index-th of count parts of a batch.
 
@@ -121,9 +127,9 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
   Raises:
     ValueError: the rows of this process do not lie beside each other.
   """
-  total = _count(mesh.shape, ROWS)
+  total = parts_of_rows(mesh)
   rows = NamedSharding(mesh, PartitionSpec(ROWS))
-  local = rows.addressable_devices_indices_map((total,)).values()
+  local: Any = rows.addressable_devices_indices_map((total,)).values()
   own = sorted({index[0].start or 0 for index in local})
   first, count = own[0], len(own)
   if own != list(range(first, first + count)) or first % count:
@@ -134,15 +140,24 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
   return first // count, total // count
 
 
-def place(mesh: Mesh, batch: Any, rows: int) -> Any:
-  """Arrays [rows, ...] over the mesh from this process's share of the rows."""
+def place(batch: Any) -> Any:
+  """Arrays over the mesh that is set, from this process's share of the rows."""
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return batch
   sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+  _, parts = share_of_rows(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(
-      sharding, x, (rows, *x.shape[1:])
+      sharding, x, (parts * x.shape[0], *x.shape[1:])
     ),
     batch,
   )
+
+
+def fetch(tree: Any) -> Any:
+  """The arrays whole, on the host of every process."""
+  return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def _active() -> bool:

@@ -2,7 +2,8 @@
 
 A step's folder holds three items: `params` (the model parameters alone, so
 that they can be shipped), `train` (the optimizer state) and `data`
-(where the grain iterator stands). A step counts once its commit_success.txt
+(where the grain iterator stands; it counts batches, so that of one process
+serves any number of them). A step counts once its commit_success.txt
 is written, last of all; a run killed while saving leaves a folder without it.
 """
 
@@ -34,13 +35,38 @@ class Checkpoints:
   goes wrong there is raised by the next `save`, `wait` or `close`.
   """
 
-  def __init__(self, workdir: str | os.PathLike, keep: int = 2):
-    """Opens the folder; the `keep` newest steps are kept in it."""
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    keep_last: int = 2,
+    keep_every: int = 0,
+    keep_best: str = "",
+  ):
+    """Opens the folder, in which these steps are kept.
+
+    Args:
+      workdir: the run's folder.
+      keep_last: so many newest.
+      keep_every: multiples of this, if it is not 0.
+      keep_best: the one with the highest metric of this name, if any.
+    """
+    policies = ocp.checkpoint_managers
+    kept: list[Any] = [policies.LatestN(keep_last)]
+    if keep_every:
+      kept.append(policies.EveryNSteps(keep_every))
+    if keep_best:
+      kept.append(
+        policies.BestN(
+          get_metric_fn=lambda metrics: metrics[keep_best],
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
     self._directory = epath.Path(workdir).absolute() / "checkpoints"
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+        preservation_policy=policies.AnyPreservationPolicy(kept),
         # By the default protocol an empty folder can be the latest step.
         atomicity_options=AtomicityOptions(AtomicityMode.COMMIT_FILE),
       ),
@@ -53,6 +79,7 @@ class Checkpoints:
     params: PyTree,
     train: PyTree,
     iterator: grain.DatasetIterator,
+    metrics: dict[str, float] | None = None,
   ) -> None:
     """Saves a step; does nothing when that step is the latest already.
 
@@ -62,6 +89,7 @@ class Checkpoints:
       train: all else that training resumes from, arrays; a PRNG key as
         `jax.random.key_data`.
       iterator: has handed out the batches of exactly `step` steps.
+      metrics: of this step, by which the best is kept.
 
     Raises:
       ValueError: a later step is there, not restored from.
@@ -85,7 +113,7 @@ class Checkpoints:
       data=grain.checkpoint.CheckpointSave(iterator),
     )
     try:
-      self._manager.save(step, args=items)
+      self._manager.save(step, args=items, metrics=metrics)
     except Exception as error:
       raise self._not_written(error) from error
 
@@ -122,7 +150,8 @@ class Checkpoints:
       try:
         params, _ = _read(folder / "params", params_like)
         train, metadata = _read(folder / "train", train_like)
-        grain.checkpoint.CheckpointHandler().restore(folder / "data", iterator)
+        (position,) = (folder / "data").glob("process_0-of-*.json")
+        iterator.set_state(json.loads(position.read_text()))
         if metadata["position"] != _position(iterator):
           raise ValueError("its data position is corrupt")
       except Exception as error:  # whatever the libraries raise on bad bytes

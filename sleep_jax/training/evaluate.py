@@ -5,42 +5,55 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from sleep_jax.config import ExperimentConfig, RunConfig
 from sleep_jax.data import pipeline
 from sleep_jax.data.pipeline import Batch
 from sleep_jax.data.tokenizers import Tokenizer
+from sleep_jax.parallel import sharding
 from sleep_jax.sleep import Slept
 from sleep_jax.tasks import Task
 from sleep_jax.training import judging
 
 
 def evaluation_sets(
-  task: Task, tokenizer: Tokenizer, run: RunConfig, layout: Mapping[str, Any]
+  task: Task,
+  tokenizer: Tokenizer,
+  run: RunConfig,
+  layout: Mapping[str, Any],
+  mesh: Mesh,
 ) -> dict[str, list[Batch]]:
   """The batches of every split that is judged; see `pipeline.eval_batches`.
+
+  Of each this process's share of the rows; there are as many as the mesh cuts.
 
   Args:
     task: gives the examples.
     tokenizer: turns them into tokens.
     run: says how many, and how many in a batch.
     layout: the arguments that rows are laid out by.
+    mesh: over which a batch will lie.
 
   Raises:
     ValueError: an example does not fit.
   """
   sets = {}
+  index, processes = sharding.share_of_rows(mesh)
+  parts = sharding.parts_of_rows(mesh)
   for split in task.eval_splits:
     size = task.size(split)
     count = min(run.evaluation_examples, size or run.evaluation_examples)
+    rows = min(run.evaluation_batch_size, count)
     batches = pipeline.eval_batches(
       task,
       tokenizer,
       split,
       count,
-      batch_size=min(run.evaluation_batch_size, count),
+      batch_size=math.ceil(rows / parts) * parts,
+      process_index=index,
+      process_count=processes,
       **layout,
     )
     sets[split] = list(batches)
@@ -109,19 +122,23 @@ def evaluate(predict, params, split: str, batches: list[Batch], modes) -> tuple:
   Args:
     predict: from `step.make_predict`, its passes given.
     params: the model's parameters.
+    batches: the examples, this process's share; rows without a masked place are
+      padding.
     split: its name in the results.
-    batches: the examples; rows without a masked place are padding.
     modes: the task's modes, which `Batch.mode` indexes.
   """
-  loss_sum, predictions, sleeps = 0.0, [], []
+  loss_sum, predictions, sleeps, whole = 0.0, [], [], []
   for batch in batches:
+    batch = sharding.place(batch)
     prediction = predict(params, batch)
+    prediction, batch = sharding.fetch((prediction, batch))
+    whole.append(batch)
     loss_sum += float(prediction.loss_sum)
-    predictions.append(np.asarray(prediction.predictions))
+    predictions.append(prediction.predictions)
     if prediction.slept is not None:
-      sleeps.append(jax.tree.map(np.asarray, prediction.slept))
+      sleeps.append(prediction.slept)
   _, targets, mask, _, depth, mode = (
-    np.concatenate(column) for column in zip(*batches, strict=True)
+    np.concatenate(column) for column in zip(*whole, strict=True)
   )
   used = mask.any(axis=1)
   answers = [
@@ -177,7 +194,9 @@ def greedy_decode(predict, params, batch: Batch) -> Any:
   inputs = np.where(rank > 1, 0, batch.inputs)
   written = np.zeros_like(batch.targets)
   for place in range(1, rank.max(initial=0) + 1):
-    predictions = predict(params, batch._replace(inputs=inputs)).predictions
+    predictions = sharding.fetch(
+      predict(params, batch._replace(inputs=inputs)).predictions
+    )
     here = rank == place
     written = np.where(here, predictions, written)
     following = np.roll(here, 1, axis=1) & (rank == place + 1)

@@ -15,6 +15,7 @@ from sleep_jax.config import ExperimentConfig
 from sleep_jax.data import pipeline
 from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
 from sleep_jax.model.hybrid_lm import HybridLM
+from sleep_jax.parallel import sharding
 from sleep_jax.training import checkpoints, judging, optimizers, workdir
 from sleep_jax.training.evaluate import (
   evaluate_sets,
@@ -22,10 +23,12 @@ from sleep_jax.training.evaluate import (
   greedy_decode,
 )
 from sleep_jax.training.metrics import MetricsWriter
+from sleep_jax.training.preemption import Preempted, Preemption
 from sleep_jax.training.step import (
   TrainState,
+  abstract_state,
   draw_passes,
-  init_params,
+  init_state,
   make_predict,
   make_train_step,
 )
@@ -43,147 +46,257 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
   checkpoint and ends with the bits that it would have ended with.
 
   Raises:
-    ValueError: the config, the data or the workdir cannot be used.
+    ValueError: the config, the data or the workdir cannot be used; the loss or
+      a gradient is not finite, or memory does not suffice.
     OSError: something could not be written; what was saved stays.
+    Preempted: SIGTERM came, and all is saved.
   """
   # Data first: what is wrong with it should be known before compiling.
   run = config.run
+  mesh = sharding.make_mesh(config)
   task, tokenizer = task_and_tokenizer(config)
   layout = dict(
     length=config.data.length,
     window_length=config.sleep.window_length,
     align_answer=config.data.align_answer,
   )
-  evaluation = evaluation_sets(task, tokenizer, run, layout)
+  evaluation = evaluation_sets(task, tokenizer, run, layout, mesh)
+  index, processes = sharding.share_of_rows(mesh)
   batches = pipeline.train_iterator(
     task,
     tokenizer,
     batch_size=config.data.batch_size,
     seed=config.data.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=index,
+    process_count=processes,
     **layout,
   )
   model = HybridLM(config.model, vocabulary_size(config, tokenizer))
-  params = init_params(model, run.seed)
-  if run.init_from and not checkpoints.is_started(path):
-    params = checkpoints.restore_params(run.init_from, params)
-  folder = workdir.open_workdir(path, dataclasses.asdict(config))
-
   optimizer = optimizers.optimizer(config.optimizer, max(run.steps, 1))
-  state = TrainState(params, optimizer.init(params))
-  train_step = make_train_step(model, optimizer, config)
-  predict = make_predict(model, config)
-
-  def judge(params, share: int = 1):
-    return evaluate_sets(predict, params, evaluation, task.modes, share, config)
-
-  with checkpoints.Checkpoints(folder) as saved:
-    start, restored = 0, saved.restore_latest(*state, batches)
-    if restored is not None:
-      start, *arrays = restored
-      state = TrainState(*arrays)
-      logging.info("resuming from step %d", start)
-    with MetricsWriter(
-      folder,
-      total_steps=run.steps,
-      start_step=start,
-      tensorboard=run.tensorboard,
-      process_index=jax.process_index(),
-    ) as writer:
-      if start < run.steps:
-        state = _steps(
-          config, start, state, train_step, batches, judge, saved, writer
-        )
-      results, metrics = judge(state.params)
-      writer.write(run.steps, metrics)
-  judging.write_results(folder, results)
-  predict_at_n = functools.partial(
-    predict, passes=np.int32(config.sleep.passes)
+  # A run that has started needs what it started from no more.
+  started = checkpoints.is_started(path)
+  state = (abstract_state if started else init_state)(
+    model, optimizer, config, mesh
   )
-  _show_examples(predict_at_n, state.params, evaluation, tokenizer)
+  folder = workdir.open_workdir(
+    path, dataclasses.asdict(config), jax.process_index()
+  )
+  with Preemption() as preemption, jax.set_mesh(mesh):
+    train_step = make_train_step(model, optimizer, config)
+    predict = make_predict(model, config)
+
+    def judge(params, share: int = 1):
+      def predict_or_end(*arguments, **options):
+        if preemption.noticed():
+          raise Preempted("told to end while judging: the last step is saved")
+        return predict(*arguments, **options)
+
+      return evaluate_sets(
+        predict_or_end, params, evaluation, task.modes, share, config
+      )
+
+    with checkpoints.Checkpoints(
+      folder, run.keep_last, run.keep_every, run.keep_best
+    ) as saved:
+      start, restored = 0, saved.restore_latest(*state, batches)
+      if restored is not None:
+        start, *arrays = restored
+        state = TrainState(*arrays)
+        logging.info("resuming from step %d", start)
+      with MetricsWriter(
+        folder,
+        total_steps=run.steps,
+        start_step=start,
+        tensorboard=run.tensorboard,
+        process_index=jax.process_index(),
+      ) as writer:
+        if start < run.steps:
+          state = _steps(
+            *(config, start, state, train_step, batches),
+            *(judge, saved, writer, preemption),
+          )
+        results, metrics = judge(state.params)
+        writer.write(run.steps, metrics)
+    if jax.process_index() == 0:
+      judging.write_results(folder, results)
+    predict_at_n = functools.partial(
+      predict, passes=np.int32(config.sleep.passes)
+    )
+    _show_examples(predict_at_n, state.params, evaluation, tokenizer)
   return results
 
 
-def _steps(config, start, state, train_step, batches, judge, saved, writer):
+def _steps(
+  config, start, state, train_step, batches, judge, saved, writer, preemption
+) -> TrainState:
   """Takes the steps from `start` on and returns the last state."""
-  run = config.run
-  multiplier = optimizers.schedule(config.optimizer, run.steps)
-  began = last_line = time.perf_counter()
-  waited, recent, due = 0.0, [], None
+  run, compiled = config.run, None
+  lines = _Lines(config, state.params, writer)
+  try:
+    for step in range(start + 1, run.steps + 1):
+      before = time.perf_counter()
+      batch = sharding.place(next(batches))
+      lines.waited += time.perf_counter() - before
+      arguments = state, batch, draw_passes(config, step)
+      if compiled is None:
+        compiled = train_step.lower(*arguments).compile()
+        seconds = time.perf_counter() - before
+        logging.info("compiled in %.1f s: %s", seconds, memory_table(compiled))
+        lines.skip(seconds)
+      if step in run.profile_steps[:1]:
+        jax.profiler.start_trace(str(writer.workdir / "profile"))
+      state, metrics = compiled(*arguments)
+      lines.flush()  # of the step before, so that a step is always running
+      lines.add(metrics)
+      if step in run.profile_steps[1:]:
+        jax.block_until_ready(metrics)
+        jax.profiler.stop_trace()
 
-  def write_line(step, recent, waited):
-    """Reads the metrics, which waits for their steps, and writes a line."""
-    nonlocal last_line
-    means = {
-      name: float(np.mean([metrics[name] for metrics in recent]))
+      last, ends = step == run.steps, preemption.noticed()
+      saves = last or ends or step % run.checkpoint_every == 0
+      evaluates = step % run.evaluate_every == 0 and not ends
+      # The last step is judged on more, after this; but the best is chosen by
+      # one and the same measure.
+      if last and not run.keep_best:
+        evaluates = False
+      # A line before each save: what is saved has been seen to be finite.
+      if saves or step % run.log_every == 0:
+        lines.end(step)
+      if not evaluates and not saves:
+        continue
+      jax.block_until_ready(metrics)
+      lines.flush()
+      before, judged = time.perf_counter(), None
+      if evaluates:
+        try:
+          _, judged = judge(state.params, _SHARE_ON_THE_WAY)
+          writer.write(step, judged)
+        except Preempted:
+          ends = True
+          lines.end(step)
+          lines.flush()
+      if saves or ends:
+        saved.save(step, *state, batches, judged)
+      if ends:
+        raise Preempted(f"told to end: step {step} is saved")
+      # Neither belongs to the steps' own speed.
+      lines.skip(time.perf_counter() - before)
+  except jax.errors.JaxRuntimeError as error:
+    raise _explained(error, compiled) from error
+  return state
+
+
+class _Lines:
+  """Lines of metrics: means over the steps since the line before."""
+
+  def __init__(self, config, params, writer):
+    self._config, self._writer = config, writer
+    self._multiplier = optimizers.schedule(config.optimizer, config.run.steps)
+    paths = [
+      jax.tree_util.keystr(path, simple=True, separator="/")
+      for path, _ in jax.tree.leaves_with_path(params)
+    ]
+    # What `bad_leaf` of the metrics counts.
+    self._leaves = [*(f"the gradient of {path}" for path in paths), *paths]
+    self._began = self._last = time.perf_counter()
+    # Seconds that steps have waited for data.
+    self.waited = 0.0
+    self._recent: list[Any] = []
+    self._due: tuple | None = None
+
+  def add(self, metrics) -> None:
+    """The metrics of one more step, which may still be running."""
+    self._recent.append(metrics)
+
+  def skip(self, seconds: float) -> None:
+    """Leaves out seconds that are not the steps' own."""
+    self._last += seconds
+
+  def end(self, step: int) -> None:
+    """A line ends with this step, to be written by `flush`."""
+    if self._recent:
+      self._due = step, self._recent, self.waited
+      self._recent, self.waited = [], 0.0
+
+  def flush(self) -> None:
+    """Writes the line that is due, if any, which waits for its steps.
+
+    Raises:
+      ValueError: something in it is not finite.
+    """
+    if self._due is None:
+      return
+    (step, recent, waited), self._due = self._due, None
+    recent = jax.device_get(recent)
+    config, now = self._config, time.perf_counter()
+    rate = len(recent) / (now - self._last)
+    values = {
+      name: np.array([metrics[name] for metrics in recent])
       for name in recent[0]
     }
-    if not math.isfinite(means["loss"] + means["grad_norm"]):
-      raise ValueError(
-        f"loss or gradient is not finite near step {step}: lower "
-        "optimizer.muon_learning_rate; the last checkpoint is intact"
-      )
-    now = time.perf_counter()
-    rate = len(recent) / (now - last_line)
-    learning_rate = config.optimizer.muon_learning_rate * multiplier(step - 1)
-    writer.write(
+    bad = values.pop("bad_leaf")
+    right = np.isfinite(values["loss"] + values["grad_norm"])
+    in_a_row = values.pop("skipped_in_a_row", np.where(right, 0, 1))
+    means = {
+      name: float(x[right].mean()) if right.any() else math.nan
+      for name, x in values.items()
+    }
+    if "skipped_steps" in values:
+      means["skipped_steps"] = int(values["skipped_steps"][-1])
+    learning_rate = config.optimizer.muon_learning_rate
+    self._writer.write(
       step,
       means
       | {
-        "learning_rate": learning_rate,
+        "learning_rate": learning_rate * self._multiplier(step - 1),
         "steps_per_second": rate,
         "tokens_per_second": rate * config.data.batch_size * config.data.length,
-        "data_wait_fraction": waited / (now - last_line),
-        "seconds": now - began,
+        "data_wait_fraction": waited / (now - self._last),
+        "seconds": now - self._began,
       },
     )
-    last_line = now
-
-  for step in range(start + 1, run.steps + 1):
-    before = time.perf_counter()
-    batch = next(batches)
-    waited += time.perf_counter() - before
-    passes = draw_passes(config, step)
-    state, metrics = train_step(state, batch, passes)
-    recent.append(metrics)
-    if step == start + 1:
-      jax.block_until_ready(metrics)
-      logging.info(
-        "first step, compiling: %.1f s", time.perf_counter() - before
+    self._last = now
+    over = in_a_row > config.optimizer.skipped_steps
+    over |= ~np.isfinite(values["param_norm"])
+    if over.any():
+      first = int(np.argmax(over))
+      where = self._leaves[bad[first]] if bad[first] >= 0 else "the loss"
+      step = step - len(recent) + 1 + first
+      raise ValueError(
+        f"{where} is not finite at step {step}: lower "
+        "optimizer.muon_learning_rate; the last checkpoint is intact"
       )
-      last_line, waited = time.perf_counter(), 0.0
-    if due is not None:  # one step late, so that a step is always running
-      write_line(*due)
-      due = None
-    last = step == run.steps
-    evaluates = not last and step % run.evaluate_every == 0
-    saves = last or step % run.checkpoint_every == 0
-    # A line before each save: what is saved has been seen to be finite, and a
-    # run that goes on from there averages over the same steps.
-    if saves or step % run.log_every == 0:
-      due = step, recent, waited
-      waited, recent = 0.0, []
-    if not evaluates and not saves:
-      continue
-    jax.block_until_ready(metrics)
-    if due is not None:
-      write_line(*due)
-      due = None
-    before = time.perf_counter()
-    if evaluates:
-      writer.write(step, judge(state.params, _SHARE_ON_THE_WAY)[1])
-    if saves:
-      saved.save(step, *state, batches)
-    # Neither belongs to the steps' own speed.
-    last_line += time.perf_counter() - before
-  return state
+
+
+def memory_table(compiled) -> str:
+  """What the compiler says that a program takes on each device."""
+  memory = compiled.memory_analysis()
+  parts = "argument output temp generated_code".split()
+  sizes = {part: getattr(memory, f"{part}_size_in_bytes") for part in parts}
+  return ", ".join(
+    f"{part} {size / 2**20:.1f} MiB" for part, size in sizes.items()
+  )
+
+
+def _explained(error: jax.errors.JaxRuntimeError, compiled) -> Exception:
+  said = str(error).splitlines()[0]
+  if "RESOURCE_EXHAUSTED" in said or "out of memory" in said.lower():
+    takes = f" A step takes {memory_table(compiled)}." if compiled else ""
+    return ValueError(
+      f"out of memory ({said}).{takes} Less is taken with a higher "
+      "optimizer.accumulation_steps, with sleep.remat_windows or "
+      "sleep.remat_passes, and with more devices in mesh.fsdp; the last "
+      "checkpoint is intact"
+    )
+  if jax.process_count() > 1:
+    return ConnectionError(f"another process may have ended: {said}")
+  return error
 
 
 def _show_examples(predict, params, evaluation, tokenizer):
   """Logs a few held-out examples with what the model writes."""
   for split, batches in evaluation.items():
-    batch = batches[0]
+    batch = sharding.fetch(sharding.place(batches[0]))
     written = greedy_decode(predict, params, batch)
     for row in range(min(_EXAMPLES_SHOWN, batch.inputs.shape[0])):
       mask = batch.loss_mask[row]

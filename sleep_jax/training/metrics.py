@@ -48,10 +48,10 @@ class MetricsWriter:
       ValueError: `tensorboard` without tensorboardX.
       OSError: the files cannot be written.
     """
+    self.workdir = workdir = Path(workdir)
     self._writes = process_index == 0
     if not self._writes:
       return
-    workdir = Path(workdir)
     self._tensorboard = None
     if tensorboard:
       self._tensorboard = _summary_writer(workdir / "tensorboard", start_step)

@@ -131,10 +131,13 @@ def optimizer(config, steps: int) -> optax.GradientTransformation:
     weight_decay=config.weight_decay,
     mask=decayed,
   )
-  return optax.chain(
+  whole = optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.partition({"muon": muon, "adamw": adamw}, labels),
   )
+  if config.skipped_steps:
+    return optax.apply_if_finite(whole, config.skipped_steps)
+  return whole
 
 
 def decayed(params):

@@ -1,19 +1,23 @@
 """One optimizer step, and the predictions of a batch, as jitted functions."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from sleep_jax.config import ExperimentConfig
 from sleep_jax.data.pipeline import Batch
 from sleep_jax.model.fast_weights import init_fast_weights
 from sleep_jax.model.hybrid_lm import HybridLM
+from sleep_jax.parallel import sharding
 from sleep_jax.parallel.sharding import ROWS, constrain, constrain_like
 from sleep_jax.rollout import Rollout, rollout
-from sleep_jax.sleep import Slept, sleep, sleep_until
+from sleep_jax.sleep import Slept, row_norm, sleep, sleep_until
+from sleep_jax.training.checkpoints import restore_params
 
 
 class TrainState(NamedTuple):
@@ -21,6 +25,49 @@ class TrainState(NamedTuple):
 
   params: Any
   optimizer: optax.OptState
+
+
+def abstract_state(
+  model: HybridLM,
+  optimizer: optax.GradientTransformation,
+  config: ExperimentConfig,
+  mesh: Mesh,
+) -> TrainState:
+  """A `jax.ShapeDtypeStruct`, laid over the mesh, for each array of a state.
+
+  Raises:
+    ValueError: a rule of `mesh.rules` finds no parameter.
+  """
+  params = jax.eval_shape(functools.partial(init_params, model, 0))
+  state = TrainState(params, jax.eval_shape(optimizer.init, params))
+  laid_out = sharding.shardings(mesh, state, config.mesh.rules)
+  return jax.tree.map(
+    lambda x, its: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=its),
+    state,
+    laid_out,
+  )
+
+
+def init_state(
+  model: HybridLM,
+  optimizer: optax.GradientTransformation,
+  config: ExperimentConfig,
+  mesh: Mesh,
+) -> TrainState:
+  """The state before the first step, made where it will be held.
+
+  Raises:
+    ValueError: `mesh.rules` or `run.init_from` cannot be used.
+  """
+  like = abstract_state(model, optimizer, config, mesh)
+  places = jax.tree.map(lambda x: x.sharding, like)
+  if config.run.init_from:
+    params = restore_params(config.run.init_from, like.params)
+  else:
+    make = functools.partial(init_params, model, config.run.seed)
+    params = jax.jit(make, out_shardings=places.params)()
+  init = jax.jit(optimizer.init, out_shardings=places.optimizer)
+  return TrainState(params, init(params))
 
 
 def init_params(model: HybridLM, seed: int):
@@ -83,7 +130,11 @@ def make_train_step(
 
   The loss is the mean cross-entropy (nats) over the batch's masked places,
   also where the batch is cut into `optimizer.accumulation_steps` parts. The
-  metrics are scalars on the device: loss, exact accuracy, gradient norm.
+  metrics are scalars on the device: loss and exact accuracy, norms of the
+  gradient, of the new parameters and of a row's last S (the mean), and
+  "bad_leaf": the first leaf, of the gradient and then of the new parameters,
+  whose norm is not finite; -1 if all are. With `optimizer.skipped_steps`, also
+  the steps skipped so far, and in a row.
   """
   parts = config.optimizer.accumulation_steps
 
@@ -95,16 +146,20 @@ def make_train_step(
     drawn = passes if config.sleep.sampled_passes else None
     result = run(model, config, params, part, passes=drawn)
     right = exact(result.predictions, part.targets, part.loss_mask)
-    return result.loss_sum, jnp.sum(right, dtype=jnp.int32)
+    norms = row_norm(result.memory.state, right.shape[0])
+    return result.loss_sum, (
+      jnp.sum(right, dtype=jnp.int32),
+      jnp.sum(norms).astype(result.loss_sum.dtype),
+    )
 
   def accumulate(params, batch, passes):
-    """(gradients, loss) summed over the batch, and the number of exact rows."""
+    """Gradients, loss, exact rows and norms of S, summed over the batch."""
     value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
 
     def add(totals, part):
-      (loss, right), gradients = value_and_grad(params, part, passes)
-      gradients = laid_out(gradients)
-      return jax.tree.map(jnp.add, totals, (gradients, loss, right)), None
+      (loss, sums), gradients = value_and_grad(params, part, passes)
+      more = laid_out(gradients), loss, *sums
+      return jax.tree.map(jnp.add, totals, more), None
 
     # Of neighbouring rows, which one device has, each part gets one.
     cut = jax.tree.map(
@@ -114,23 +169,34 @@ def make_train_step(
       batch,
     )
     zeros = laid_out(jax.tree.map(jnp.zeros_like, params))
-    loss_dtype = jax.tree.leaves(params)[0].dtype
-    totals = zeros, jnp.zeros((), loss_dtype), jnp.zeros((), jnp.int32)
+    zero = jnp.zeros((), jax.tree.leaves(params)[0].dtype)
+    totals = zeros, zero, jnp.zeros((), jnp.int32), zero
     return jax.lax.scan(add, totals, cut)[0]
 
   def train_step(state: TrainState, batch: Batch, passes):
-    gradients, loss, right = accumulate(state.params, batch, passes)
-    count = jnp.sum(batch.loss_mask)
+    gradients, loss, right, norms = accumulate(state.params, batch, passes)
+    count, rows = jnp.sum(batch.loss_mask), batch.inputs.shape[0]
     gradients = jax.tree.map(lambda x: x / count, gradients)
-    updates, optimizer_state = optimizer.update(
-      gradients, state.optimizer, state.params
+    updates, new = optimizer.update(gradients, state.optimizer, state.params)
+    optimizer_state: Any = new
+    params = optax.apply_updates(state.params, updates)
+    # Of the gradient's leaves, then of the new parameters'.
+    squares = jnp.stack(
+      [jnp.sum(jnp.square(x)) for x in jax.tree.leaves((gradients, params))]
     )
+    of_gradient, of_params = jnp.split(squares, 2)
+    bad = ~jnp.isfinite(squares)
     metrics = {
       "loss": loss / count,
-      "accuracy": right / batch.inputs.shape[0],
-      "grad_norm": optax.tree.norm(gradients),
+      "accuracy": right / rows,
+      "grad_norm": jnp.sqrt(jnp.sum(of_gradient)),
+      "param_norm": jnp.sqrt(jnp.sum(of_params)),
+      "state_norm": norms / rows,
+      "bad_leaf": jnp.where(jnp.any(bad), jnp.argmax(bad), -1),
     }
-    params = optax.apply_updates(state.params, updates)
+    if config.optimizer.skipped_steps:
+      metrics["skipped_steps"] = optimizer_state.total_notfinite
+      metrics["skipped_in_a_row"] = optimizer_state.notfinite_count
     return laid_out(TrainState(params, optimizer_state)), metrics
 
   return jax.jit(train_step, donate_argnums=0)

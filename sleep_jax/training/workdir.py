@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any
 
 _NAMED_DIFFERENCES = 4
+# What does not change a run's results: it may go on with other values.
+_FREE = ("mesh.", "run.keep_", "run.profile_steps")
 
 
-def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Path:
+def open_workdir(
+  path: str | os.PathLike, config: Mapping[str, Any], process_index: int = 0
+) -> Path:
   """Returns the folder of a run, created and holding `config` in config.json.
 
-  A folder that already holds the same config is opened again, to resume.
+  A folder that already holds the same config is opened again, to resume; the
+  mesh, the steps that are kept and those profiled may be others.
 
   Args:
     path: the folder.
     config: the run's whole config as JSON can hold it; tuples are lists.
+    process_index: only process 0 writes.
 
   Raises:
     ValueError: the folder cannot be created or written, or it holds a run
@@ -33,7 +39,8 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Path:
       )
     # Also when the config is already there: a folder that cannot be written
     # should be found out now, not at the first checkpoint.
-    write_atomically(config_path, text)
+    if process_index == 0:
+      write_atomically(config_path, text)
   except OSError as error:
     raise ValueError(
       f"--workdir={workdir} cannot be written ({error.strerror}):"
@@ -72,7 +79,8 @@ def _check_same_config(workdir: Path, old_text: str, new_text: str) -> None:
   differences = [
     f"{name}: {was!r} there, {now!r} now"
     for name in sorted(old | new)
-    if (was := old.get(name, "absent")) != (now := new.get(name, "absent"))
+    if not name.startswith(_FREE)
+    and (was := old.get(name, "absent")) != (now := new.get(name, "absent"))
   ]
   if not differences:
     return
