@@ -136,12 +136,12 @@ def test_divergence_is_told_and_never_saved(tmp_path):
   config = dataclasses.replace(
     CONFIG,
     optimizer=dataclasses.replace(
-      CONFIG.optimizer, adamw_learning_rate=1e30, warmup_fraction=0.0
+      CONFIG.optimizer, adamw_learning_rate=1e16, warmup_fraction=0.0
     ),
     run=dataclasses.replace(CONFIG.run, checkpoint_every=1, log_every=100),
   )
   with pytest.raises(
-    ValueError, match="embedding/embedding is not finite at step 1"
+    ValueError, match="not finite at step 2"
   ):
     loop.train(config, tmp_path)
   assert all(
