@@ -218,6 +218,27 @@ def test_the_latest_step_is_not_written_again_and_an_earlier_one_refused(
   assert_restores(workdir, 2)
 
 
+@pytest.mark.parametrize(
+  "policy, expected",
+  [
+    (dict(keep_last=1, keep_every=2), [2, 4, 5]),
+    (dict(keep_last=1, keep_best="accuracy"), [3, 5]),
+    (dict(keep_last=2, keep_every=4, keep_best="accuracy"), [3, 4, 5]),
+  ],
+)
+def test_policies_keep_what_they_name(tmp_path, policy, expected):
+  accuracies = {1: 0.1, 2: 0.5, 3: 0.9, 4: 0.9 - 1e-6}
+  iterator = batches()
+  with Checkpoints(tmp_path, **policy) as checkpoints:
+    for step in range(1, 6):
+      accuracy = accuracies.get(step)
+      metrics = None if accuracy is None else {"accuracy": accuracy, "loss": 1}
+      checkpoints.save(step, *state(step), iterator, metrics)
+  kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+  assert kept == expected
+  assert_restores(tmp_path, 5)
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_full_disk_is_an_oserror_and_the_earlier_step_stays(tmp_path, keep):
   save(tmp_path, [1], keep)

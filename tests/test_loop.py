@@ -140,9 +140,7 @@ def test_divergence_is_told_and_never_saved(tmp_path):
     ),
     run=dataclasses.replace(CONFIG.run, checkpoint_every=1, log_every=100),
   )
-  with pytest.raises(
-    ValueError, match="not finite at step 2"
-  ):
+  with pytest.raises(ValueError, match="not finite at step 2"):
     loop.train(config, tmp_path)
   assert all(
     np.all(np.isfinite(x)) for x in jax.tree.leaves(final_params(tmp_path))
