@@ -4,10 +4,10 @@ import os
 import signal
 
 import pytest
-from test_loop import CONFIG, equal, final_params, lines
 
 from sleep_jax.training import loop
 from sleep_jax.training.preemption import Preempted
+from tests.test_loop import CONFIG, equal, final_params, lines
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,205 @@
+"""Several processes on one machine train as one, and end together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import automaton
+from sleep_jax.data.tokenizers import make_tokenizer
+from sleep_jax.model.hybrid_lm import HybridLM
+from sleep_jax.tasks import make_task
+from sleep_jax.training import checkpoints
+from sleep_jax.training.preemption import EXIT_CODE
+from sleep_jax.training.step import init_params
+
+FLAGS = (
+  "--config.run.steps=6 --config.run.checkpoint_every=2 "
+  "--config.run.log_every=1 --config.run.evaluate_every=3 "
+  "--config.run.evaluation_examples=40"
+).split()
+
+
+def start(workdir, count, *flags, devices=4, timeout=120):
+  """`count` processes of one run, with `devices` over all of them."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": str(devices // count),
+  }
+  together = [f"--coordinator=localhost:{port}", f"--processes={count}"]
+  return [
+    subprocess.Popen(
+      [
+        *(sys.executable, "-m", "experiments.main"),
+        *("--config=experiments/automaton.py:tiny", f"--workdir={workdir}"),
+        *(FLAGS if count == 1 else [*FLAGS, *together, f"--process={i}"]),
+        *(f"--timeout={timeout}", *flags),
+      ],
+      env=environment,
+      cwd=Path(__file__).parents[1],
+      stderr=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(count)
+  ]
+
+
+def finish(processes, timeout=600):
+  """(exit code, stdout, stderr) of each."""
+  said = [process.communicate(timeout=timeout) for process in processes]
+  return [(p.returncode, *x) for p, x in zip(processes, said, strict=True)]
+
+
+def losses(workdir):
+  lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+  read = [json.loads(line) for line in lines]
+  return {x["step"]: x["loss"] for x in read if "loss" in x}
+
+
+def wait_for_step(workdir, step, processes):
+  for _ in range(3000):
+    try:
+      if step in losses(workdir):
+        return
+    except (OSError, ValueError):
+      pass
+    assert all(process.poll() is None for process in processes)
+    time.sleep(0.1)
+  raise AssertionError(f"step {step} was never reached")
+
+
+def final_params(workdir):
+  config = automaton.tiny()
+  task = make_task(config.task, "", 0, len)
+  vocabulary = make_tokenizer("words", task.vocabulary, "").vocab_size
+  like = init_params(HybridLM(config.model, vocabulary), 0)
+  return jax.tree.leaves(checkpoints.restore_params(workdir, like))
+
+
+def test_a_partner_that_never_comes(tmp_path):
+  """Within the time-out, in one line, and without a folder."""
+  before = time.monotonic()
+  _, absent = started = start(tmp_path / "run", 2, timeout=5)
+  absent.kill()
+  absent.communicate()
+  ((code, _, said),) = finish(started[:1], timeout=120)
+  assert code == 2
+  assert said.splitlines()[-1].startswith(
+    "error: not all processes came within 5 seconds (this is process 0 of 2, by"
+  )
+  assert not (tmp_path / "run").exists()
+  assert time.monotonic() - before < 90
+
+
+def test_flags_that_belong_together(tmp_path):
+  program = [sys.executable, "-m", "experiments.main"]
+  ended = subprocess.run(
+    [*program, "--config=experiments/automaton.py:tiny", "--processes=2"],
+    cwd=Path(__file__).parents[1],
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == 2
+  assert "--coordinator, --processes and --process belong" in ended.stderr
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  """A run of one process with four devices."""
+  workdir = tmp_path_factory.mktemp("alone") / "run"
+  ((code, said, _),) = finish(start(workdir, 1))
+  assert code == 0
+  return workdir, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 2, 2)])
+def test_processes_train_as_one(alone, tmp_path, count, mesh):
+  """The same losses, results and checkpoints, whoever holds what."""
+  flags = [
+    f"--config.mesh.{axis}={size}"
+    for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)
+  ]
+  ended = finish(start(tmp_path / "run", count, *flags))
+  assert [code for code, *_ in ended] == [0] * count, ended
+  one, many = losses(alone[0]), losses(tmp_path / "run")
+  assert list(one) == list(many) == [1, 2, 3, 4, 5, 6]
+  np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-4)
+  # Only the first says anything, and what one process says.
+  table = ended[0][1].splitlines()
+  assert len(table) == len(alone[1].splitlines()) == 5
+  assert all(not said for _, said, _ in ended[1:])
+  for x, y in zip(
+    final_params(tmp_path / "run"), final_params(alone[0]), strict=True
+  ):
+    np.testing.assert_allclose(x, y, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_on_with_other_meshes_and_numbers_of_processes(alone, tmp_path):
+  """Two steps each on 8 -> 4 -> 1 -> 2 devices, by 2, 4, 1 and 1 processes."""
+  workdir = tmp_path / "run"
+  for count, devices, step in ((2, 8, 2), (4, 4, 4), (1, 1, 5), (1, 2, 6)):
+    running = start(workdir, count, "--config.mesh.fsdp=1", devices=devices)
+    if step < 6:
+      wait_for_step(workdir, step, running)
+      running[-1].send_signal(signal.SIGTERM)
+    ended = finish(running)
+    if step == 6:
+      assert ended[0][0] == 0
+    else:
+      assert {code for code, *_ in ended} <= {EXIT_CODE, 0}, ended
+  one, many = losses(alone[0]), losses(workdir)
+  assert list(one) == list(many)
+  np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 2.0, 5.0, 9.0])
+def test_a_signal_to_one_of_two_ends_both_at_one_step(alone, tmp_path, seconds):
+  """At some moment after the start: compiling, stepping, judging, saving."""
+  workdir = tmp_path / "run"
+  running = start(workdir, 2, "--config.run.steps=200")
+  while not (workdir / "config.json").exists():
+    assert all(process.poll() is None for process in running)
+    time.sleep(0.1)
+  time.sleep(seconds)
+  running[1].send_signal(signal.SIGTERM)
+  ended = finish(running)
+  assert [code for code, *_ in ended] == [EXIT_CODE] * 2, ended
+  (step,) = {
+    line.split("step ")[1].split(" is saved")[0]
+    for _, _, said in ended
+    for line in said.splitlines()
+    if "is saved" in line
+  }
+  steps = [int(x.name) for x in (workdir / "checkpoints").iterdir()]
+  assert max(steps) == int(step)
+  assert (workdir / "checkpoints" / step / "commit_success.txt").exists()
+
+
+@pytest.mark.slow
+def test_one_of_two_dies(tmp_path):
+  """The other ends within the time-out, with a message; what is saved stays."""
+  workdir = tmp_path / "run"
+  running = start(workdir, 2, "--config.run.steps=10000", timeout=20)
+  wait_for_step(workdir, 3, running)
+  running[1].kill()
+  before = time.monotonic()
+  code, _, said = finish(running, timeout=120)[0]
+  assert code != 0 and time.monotonic() - before < 60
+  assert "error: " in said or "distributed" in said, said
+  assert any((workdir / "checkpoints").glob("*/commit_success.txt"))
