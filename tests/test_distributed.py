@@ -115,6 +115,31 @@ def test_flags_that_belong_together(tmp_path):
   assert "--coordinator, --processes and --process belong" in ended.stderr
 
 
+@pytest.mark.slow
+def test_a_cluster_tells_who_the_others_are():
+  """SLURM's variables in place of our flags."""
+  program = (
+    "from sleep_jax.parallel import distributed; distributed.start(60); "
+    "import jax; print(jax.process_index(), jax.device_count())"
+  )
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", program],
+      env=os.environ
+      | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+      | {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+      | {"SLURM_NTASKS": "2", "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+      cwd=Path(__file__).parents[1],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  said = [said.strip() for _, said, _ in finish(processes, timeout=120)]
+  assert said == ["0 4", "1 4"]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
   """A run of one process with four devices."""
