@@ -174,6 +174,23 @@ def test_processes_train_as_one(alone, tmp_path, count, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_on_with_the_same_mesh_to_the_bit(tmp_path, count):
+  flags = "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
+  broken, whole = tmp_path / "broken", tmp_path / "whole"
+  assert {x[0] for x in finish(start(whole, count, *flags))} == {0}
+  for step in (1, 4):
+    running = start(broken, count, *flags)
+    wait_for_step(broken, step, running)
+    running[0].send_signal(signal.SIGTERM)
+    assert {x[0] for x in finish(running)} == {EXIT_CODE}
+  assert {x[0] for x in finish(start(broken, count, *flags))} == {0}
+  assert losses(broken) == losses(whole)
+  for x, y in zip(final_params(broken), final_params(whole), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.slow
 def test_on_with_other_meshes_and_numbers_of_processes(alone, tmp_path):
   """Two steps each on 8 -> 4 -> 1 -> 2 devices, by 2, 4, 1 and 1 processes."""
   workdir = tmp_path / "run"
