@@ -58,8 +58,13 @@ def start(workdir, count, *flags, devices=4, timeout=120):
 
 def finish(processes, timeout=600):
   """(exit code, stdout, stderr) of each."""
-  said = [process.communicate(timeout=timeout) for process in processes]
-  return [(p.returncode, *x) for p, x in zip(processes, said, strict=True)]
+  ended = []
+  for process in processes:
+    printed, said = process.communicate(timeout=timeout)
+    # Gloo greets on stdout.
+    lines = [x for x in printed.splitlines() if not x.startswith("[Gloo]")]
+    ended.append((process.returncode, "\n".join(lines), said))
+  return ended
 
 
 def losses(workdir):
