@@ -31,13 +31,13 @@ class Flops(NamedTuple):
 
 # Data movement and what costs no arithmetic.
 _FREE = frozenset(
-  """all_gather all_gather_invariant all_to_all axis_index bitcast_convert_type
-  broadcast_in_dim concatenate convert_element_type copy create_token
-  debug_callback debug_print device_put dynamic_slice dynamic_update_slice empty
-  empty2 gather get iota name optimization_barrier pad pcast pmax pmin ppermute
-  pvary reduce_precision reshape reshard rev scatter select_n
-  sharding_constraint slice split squeeze stack stop_gradient swap tile
-  transpose unstack""".split()
+  """all_gather all_gather_invariant all_to_all axis_index
+  bitcast_convert_type broadcast_in_dim concatenate convert_element_type copy
+  create_token debug_callback debug_print device_put dynamic_slice
+  dynamic_update_slice empty empty2 gather get iota name optimization_barrier
+  pad pcast platform_index pmax pmin ppermute pvary reduce_precision reshape
+  reshard rev scatter select_n sharding_constraint slice split squeeze stack
+  stop_gradient swap tile transpose unstack""".split()
 )
 # One for each element that comes out.
 _ELEMENTWISE = frozenset(

@@ -18,6 +18,7 @@ from pallas_kernels.gated_delta import (
   api,
   benchmark,
   check,
+  chunked_xla,
   contract,
   pallas_gpu,
   pallas_tpu,
@@ -266,17 +267,42 @@ def test_heads_and_rows_that_share_a_tile(batch, heads, key, value):
   assert max(errors.values()) < 1e-5, errors
 
 
+@pytest.mark.parametrize(
+  "rule",
+  [
+    "gated_delta",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("hebbian", "kda")),
+  ],
+)
+def test_rows_in_pieces(monkeypatch, rule):
+  """As a CPU takes a batch whose S is large: two of five rows at a time."""
+  arrays = as_arrays(inputs(24, rule=rule, batch=5), jnp.float32)
+
+  def outputs_and_gradients():
+    outputs, vjp = jax.vjp(UPDATE_RULES[rule], *arrays)
+    return outputs, vjp(outputs)
+
+  whole = jax.jit(outputs_and_gradients)()
+  monkeypatch.setattr(chunked_xla, "CACHED", 2 * arrays[-1][0].nbytes)
+  traced = jax.jit(lambda: outputs_and_gradients()).trace()
+  assert "platform_index" in str(traced.jaxpr)
+  pieces = traced.lower().compile()()
+  for mine, theirs in zip(*map(jax.tree.leaves, (pieces, whole)), strict=True):
+    np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
 SHARDED = """
 import sys
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
-from pallas_kernels.gated_delta import api
+from pallas_kernels.gated_delta import api, chunked_xla
 from tests.test_gated_delta import KERNELS, as_arrays, inputs
 rule = KERNELS.get(sys.argv[1], api.gated_delta_rule)
 mesh = jax.make_mesh(
   (4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
 )
-arrays = as_arrays(inputs(24, batch=4, heads=2), np.float32)
+arrays = as_arrays(inputs(24, batch=8, heads=2), np.float32)
+chunked_xla.CACHED = 0  # a row at a time
 tokens, state = P("data", None, "tensor"), P("data", "tensor")
 sharded = jax.shard_map(
   rule,

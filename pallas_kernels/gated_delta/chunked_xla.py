@@ -32,6 +32,7 @@ dG = q * dq + k * dk (as reader) - k * dk (as written), whatever the chunks, and
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,8 @@ import jax.numpy as jnp
 # inside a chunk grow as C^2, and one chunk needs no scan.
 MAX_SINGLE_CHUNK = 64
 CHUNK = 32
+# Bytes of S of the rows that a CPU takes at a time.
+CACHED = 2**20
 # Rows that are inverted by substitution; larger blocks are put together.
 SUBSTITUTED = 32
 # Rows that share a reference in products decayed per channel.
@@ -72,6 +75,42 @@ def _rule(delta, q, k, v, g, beta, state):
 
 
 def _rule_forward(delta, *inputs):
+  o, final, kept = _by_rows(functools.partial(_forward, delta), *inputs)
+  return (o, final), (inputs[:-1], final, kept)
+
+
+def _rule_backward(delta, residuals, cotangents):
+  backward = functools.partial(_backward, delta)
+  return _by_rows(backward, residuals, cotangents)
+
+
+_rule.defvjp(_rule_forward, _rule_backward)
+
+
+def _by_rows(function, *arrays):
+  """function(*arrays), all [B, ...]; on CPUs a few rows at a time.
+
+  What such a piece leaves in the caches is still there when it is read. That of
+  a whole batch is not, and its pages are fresh ones at every call.
+  """
+  q, *_, state = jax.tree.leaves(arrays)
+  rows = CACHED // (math.prod(state.shape[1:]) * state.dtype.itemsize) or 1
+  if q.shape[0] <= rows or q.shape[1] > MAX_SINGLE_CHUNK:
+    return function(*arrays)
+
+  def one_row(row):
+    outputs = function(*jax.tree.map(lambda x: x[None], row))
+    return jax.tree.map(lambda x: x[0], outputs)
+
+  return jax.lax.platform_dependent(
+    arrays,
+    cpu=lambda arrays: jax.lax.map(one_row, arrays, batch_size=rows),
+    default=lambda arrays: function(*arrays),
+  )
+
+
+def _forward(delta, *inputs):
+  """(o, S_T, what each chunk keeps)."""
   *tokens, state = inputs
 
   def chunk(start, state, buffers):
@@ -80,10 +119,11 @@ def _rule_forward(delta, *inputs):
 
   o = [jnp.zeros_like(tokens[2])]
   final, (o,), kept = _over_chunks(chunk, state, o)
-  return (o, final), (tokens, final, kept)
+  return o, final, kept
 
 
-def _rule_backward(delta, residuals, cotangents):
+def _backward(delta, residuals, cotangents):
+  """The gradients by all inputs."""
   tokens, final, kept = residuals
   d_o, d_final = cotangents
 
@@ -106,9 +146,6 @@ def _rule_backward(delta, residuals, cotangents):
     at_end = jnp.sum(at_end, axis=-1)
   d_g = jax.lax.cumsum(d_total, axis=1, reverse=True) + at_end
   return d_q, d_k, d_v, d_g.astype(g.dtype), d_beta, d_state
-
-
-_rule.defvjp(_rule_forward, _rule_backward)
 
 
 def _over_chunks(chunk, state, buffers, kept=None):
