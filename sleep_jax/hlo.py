@@ -42,11 +42,11 @@ class Traffic(NamedTuple):
     guessed: loops whose trips depend on data; they count as told.
   """
 
-  hbm: float = 0.0
+  hbm: int = 0
   collectives: Mapping[str, float] = {}
   guessed: int = 0
 
-  def plus(self, other: "Traffic", times: float = 1) -> "Traffic":
+  def plus(self, other: "Traffic", times: int = 1) -> "Traffic":
     """Self, and the other `times` over."""
     return Traffic(
       self.hbm + times * other.hbm,
@@ -118,7 +118,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
   return computations, entry
 
 
-def _parts(shape: str) -> list[tuple[float, bool]]:
+def _parts(shape: str) -> list[tuple[int, bool]]:
   """(bytes, whether it lies in HBM) of each array of a shape."""
   parts = []
   for dtype, dims, layout in _ARRAY.findall(shape):
@@ -127,15 +127,15 @@ def _parts(shape: str) -> list[tuple[float, bool]]:
       bits = int(re.findall(r"\d+", dtype)[0])
     count = math.prod(int(n) for n in dims.split(",") if n)
     # S(1) is VMEM, S(2) scalar memory.
-    parts.append((bits * count / 8, "S(" not in layout))
+    parts.append((bits * count // 8, "S(" not in layout))
   return parts
 
 
-def _bytes(shape: str) -> float:
+def _bytes(shape: str) -> int:
   return sum(size for size, _ in _parts(shape))
 
 
-def _in_hbm(shape: str) -> float:
+def _in_hbm(shape: str) -> int:
   return sum(size for size, there in _parts(shape) if there)
 
 
@@ -260,10 +260,10 @@ class _Walk:
     kind = instruction.kind.removesuffix("-start")
     given = sum(_bytes(around[x].shape) for x in instruction.operands)
     if kind == "collective-permute":
-      return given
+      return float(given)
     n = self._group(instruction.rest)
     if kind == "all-gather":
-      return given * (n - 1)
+      return float(given * (n - 1))
     return given * (n - 1) / n * (2 if kind == "all-reduce" else 1)
 
   def _group(self, rest) -> int:
@@ -280,7 +280,7 @@ class _Walk:
 
   # Memory.
 
-  def _moved(self, around, instruction) -> float:
+  def _moved(self, around, instruction) -> int:
     """Bytes of HBM that an instruction reads and writes."""
     shapes = [around[x].shape for x in instruction.operands if x in around]
     kind = instruction.kind
@@ -294,7 +294,7 @@ class _Walk:
       return self._moved_by_fusion(self.computations[body], shapes, instruction)
     return _in_hbm(instruction.shape) + sum(map(_in_hbm, shapes))
 
-  def _moved_by_fusion(self, body, shapes, instruction) -> float:
+  def _moved_by_fusion(self, body, shapes, instruction) -> int:
     """Of operands that are only sliced, the slices; in place, the update."""
     users: dict[str, list[_Instruction]] = {}
     for inner in body.values():
@@ -308,7 +308,7 @@ class _Walk:
 
     def used(name):
       """Bytes of a parameter that its users ask for; None for all."""
-      asked = 0.0
+      asked = 0
       for user in users.get(name, ()):
         if user.kind in ("dynamic-slice", "slice", "gather") and (
           user.operands[0] == name
@@ -325,7 +325,7 @@ class _Walk:
           return None
       return asked
 
-    total = 0.0
+    total = 0
     for inner in body.values():
       if inner.kind == "parameter":
         whole = _in_hbm(shapes[int(inner.inside)])

@@ -105,6 +105,8 @@ def why_not_one_kernel(model, params, h: Hidden, cache, groups) -> str | None:
   platform, _, here = target()
   if platform != "tpu":
     return f"there is no kernel for {platform}"
+  if jax.sharding.get_abstract_mesh().size > 1:
+    return "rows are spread over devices"
   if jax.tree.leaves(cache):
     return "tokens are kept, or convolutions carried"
   count = len(model.config.pattern)
