@@ -32,12 +32,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
@@ -244,15 +243,10 @@ def programs(config: ExperimentConfig, devices) -> tuple[Any, dict]:
   state = TrainState(params, jax.eval_shape(optimizer.init, params))
   state = arrays(state, shardings(mesh, state, config.mesh.rules))
   tokens = config.data.batch_size, config.data.length
-  ids, mask, number = (
-    jax.ShapeDtypeStruct(shape, dtype)
-    for shape, dtype in (
-      (tokens, jnp.int32),
-      (tokens, jnp.bool_),
-      (tokens[:1], jnp.int32),
-    )
-  )
-  batch = Batch(ids, ids, mask, mask, number, number)
+  ids: Any = jax.ShapeDtypeStruct(tokens, jnp.int32)
+  mask: Any = jax.ShapeDtypeStruct(tokens, jnp.bool_)
+  label: Any = jax.ShapeDtypeStruct(tokens[:1], jnp.int32)
+  batch = Batch(ids, ids, mask, mask, label, label)
   batch = arrays(batch, jax.tree.map(lambda _: by_rows(0), batch))
   session = Session(model, config.sleep)
   seen = shapes(session, rows)

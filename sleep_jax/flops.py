@@ -144,7 +144,7 @@ def _of_equation(equation: JaxprEqn, unknown_trips: int | None) -> Flops:
   if name == "scan":
     times = params["length"]
   elif name == "while":
-    times = unknown_trips
+    times = unknown_trips or 0
   elif name == "shard_map":
     sizes = dict(params["mesh"].shape)
     times = math.prod(sizes[axis] for axis in params["newly_manual_axes"])

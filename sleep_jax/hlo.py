@@ -71,7 +71,9 @@ class _Instruction(NamedTuple):
     """The computations that these attributes name."""
     found = []
     for attribute in attributes:
-      if match := re.search(rf"{attribute}=(\{{[^}}]*\}}|%?[\w.-]+)", self.rest):
+      if match := re.search(
+        rf"{attribute}=(\{{[^}}]*\}}|%?[\w.-]+)", self.rest
+      ):
         found += re.findall(r"%?([\w.-]+)", match[1])
     return found
 
@@ -218,8 +220,9 @@ class _Walk:
     def value(name):
       instruction = condition.get(name)
       if instruction is not None and instruction.kind == "get-tuple-element":
-        index = int(re.search(r"index=(\d+)", instruction.rest)[1])
-        return _constant(around, around[loop.operands[0]].operands[index])
+        (index,) = re.findall(r"index=(\d+)", instruction.rest)
+        start = around[loop.operands[0]].operands
+        return _constant(around, start[int(index)])
       return _constant(condition, name)
 
     first, last = map(value, ends)

@@ -20,10 +20,13 @@ import functools, json
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-X = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=NamedSharding(mesh, P("x")))
+rows = NamedSharding(mesh, P("x"))
+X = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=rows)
 
-def sharded(body, out):
-  return jax.shard_map(body, mesh=mesh, in_specs=P("x"), out_specs=out, check_vma=False)
+def sharded(body):
+  return jax.shard_map(
+    body, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False
+  )
 
 def repeated(x):
   def body(c, _):
@@ -39,17 +42,17 @@ def exchanged(x):
   return jax.lax.all_to_all(jnp.cos(part), "x", 1, 0, tiled=True)
 
 def until(x):
-  return jax.lax.while_loop(
-    lambda c: jnp.sum(c) < 9.0, lambda c: jnp.sin(jax.lax.psum(c, ("x", "y"))), x
-  )
+  def body(c):
+    return jnp.sin(jax.lax.psum(c, ("x", "y")))
+  return jax.lax.while_loop(lambda c: jnp.sum(c) < 9.0, body, x)
 
 def branching(x):
-  return jax.lax.cond(
-    x[0, 0] > 0, lambda x: jax.lax.psum(x, "x"), lambda x: jax.lax.psum(x[:, :1], "x") + x, x
-  )
+  def little(x):
+    return jax.lax.psum(x[:, :1], "x") + x
+  return jax.lax.cond(x[0, 0] > 0, lambda x: jax.lax.psum(x, "x"), little, x)
 
 texts = {
-  f.__name__: jax.jit(sharded(f, P("x"))).lower(X).compile().as_text()
+  f.__name__: jax.jit(sharded(f)).lower(X).compile().as_text()
   for f in (repeated, exchanged, until, branching)
 }
 print(json.dumps(texts))
@@ -123,67 +126,7 @@ def test_memory_by_trips_and_by_what_is_sliced():
 
 def test_what_a_tpu_writes():
   """One gather in three fusions, a scatter as a reduction, VMEM, a loop."""
-  text = """HloModule jit_f, is_scheduled=true
-
-%add (x: f32[], y: f32[]) -> f32[] {
-  %x = f32[]{:T(128)} parameter(0)
-  %y = f32[]{:T(128)} parameter(1)
-  ROOT %sum = f32[]{:T(128)} add(%x, %y)
-}
-
-%start (p: bf16[8,128]) -> (bf16[8,128], bf16[32,128], s32[2]) {
-  %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-gather.1 = bf16[32,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=17, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
-  ROOT %custom-call.1 = (bf16[8,128]{1,0}, bf16[32,128]{1,0}, s32[2]{0:S(4)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
-}
-
-%async_collective_fusion.1 (p: bf16[8,128], q: bf16[32,128]) -> bf16[32,128] {
-  %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %q = bf16[32,128]{1,0:T(8,128)(2,1)} parameter(1)
-  ROOT %all-gather.2 = bf16[32,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=17, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
-}
-
-%all-reduce-scatter.1 (input: f32[32,128]) -> f32[8,128] {
-  %input = f32[32,128]{1,0:T(8,128)} parameter(0)
-  %zero = s32[]{:T(128)} constant(0)
-  %all-reduce.1 = f32[32,128]{1,0:T(8,128)} all-reduce(%input), channel_id=3, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
-  ROOT %slice = f32[8,128]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={8,128}
-}
-
-%body (state: (s32[], bf16[8,128], f32[32,128])) -> (s32[], bf16[8,128], f32[32,128]) {
-  %state = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[32,128]{1,0:T(8,128)S(1)}) parameter(0)
-  %n = s32[]{:T(128)} get-tuple-element(%state), index=0
-  %mine = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%state), index=1
-  %all = f32[32,128]{1,0:T(8,128)S(1)} get-tuple-element(%state), index=2
-  %one = s32[]{:T(128)} constant(1)
-  %next = s32[]{:T(128)S(2)} add(%n, %one)
-  %start.1 = (bf16[8,128]{1,0:S(1)}, bf16[32,128]{1,0:S(1)}, s32[2]{0:S(4)}) fusion(%mine), kind=kCustom, calls=%start
-  %got = bf16[32,128]{1,0:S(1)} get-tuple-element(%start.1), index=1
-  %fusion.1 = bf16[32,128]{1,0:S(1)} fusion(%mine, %got), kind=kCustom, calls=%async_collective_fusion.1
-  %fusion.2 = f32[8,128]{1,0:T(8,128)} fusion(%all), kind=kCustom, calls=%all-reduce-scatter.1
-  %reduced = f32[8,128]{1,0:T(8,128)} all-reduce(%fusion.2), channel_id=5, replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0','axis_2'}, to_apply=%add
-  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[32,128]{1,0:T(8,128)S(1)}) tuple(%next, %mine, %all)
-}
-
-%condition (state: (s32[], bf16[8,128], f32[32,128])) -> pred[] {
-  %state = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[32,128]{1,0:T(8,128)S(1)}) parameter(0)
-  %n = s32[]{:T(128)} get-tuple-element(%state), index=0
-  %last = s32[]{:T(128)} constant(9)
-  ROOT %less = pred[]{:T(512)} compare(%n, %last), direction=LT
-}
-
-ENTRY %main (a: bf16[8,128], b: f32[32,128]) -> bf16[8,128] {
-  %a = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %b = f32[32,128]{1,0:T(8,128)} parameter(1)
-  %three = s32[]{:T(128)} constant(3)
-  %first = s32[]{:T(128)S(2)} copy(%three)
-  %copy-start = (bf16[8,128]{1,0:S(1)}, bf16[8,128]{1,0}, u32[]{:S(2)}) copy-start(%a)
-  %copy-done = bf16[8,128]{1,0:S(1)} copy-done(%copy-start)
-  %tuple = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[32,128]{1,0:T(8,128)S(1)}) tuple(%first, %copy-done, %b)
-  %while = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[32,128]{1,0:T(8,128)S(1)}) while(%tuple), condition=%condition, body=%body
-  ROOT %out = bf16[8,128]{1,0} get-tuple-element(%while), index=1
-}
-"""
+  text = (pathlib.Path(__file__).parent / "tpu_module.hlo").read_text()
   found = hlo.traffic(text, devices=8)
   trips, mine, part = 9 - 3, 2 * KIB, 4 * KIB
   assert found.collectives == {

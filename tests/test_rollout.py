@@ -223,9 +223,7 @@ def test_logits_of_masked_places_alone_give_the_same():
   assert 0 < most < WINDOW and masked.min() == 0
   with jax.enable_x64(True):
     # No fast weights: they have no part in it, and compile longest.
-    model, params = make(
-      dataclasses.replace(CONFIG, pattern=((("attn",), 1),))
-    )
+    model, params = make(dataclasses.replace(CONFIG, pattern=((("attn",), 1),)))
 
     def value_and_gradient(answer_length):
       def loss(params):

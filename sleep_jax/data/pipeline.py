@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import grain
 import jax
@@ -226,7 +226,7 @@ def _row_maker(
   task: Task,
   split: str,
   tokenizer: Tokenizer,
-  *layout: int,
+  *layout: Any,
 ) -> Callable[[int], Batch]:
   """The function from an index to that example as a row (a batch without B)."""
   modes = list(task.modes)

@@ -1,6 +1,7 @@
 """Attention inside a window: what sleep evicts."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,12 @@ from sleep_jax.parallel import sharding
 # From this many tokens on a library's kernel serves, in tiles of as many.
 KERNEL_LENGTH = 512
 LANES = 128
+# What the kernels cut, forward and backward.
+_BLOCKS = (
+  *("block_q", "block_kv", "block_kv_compute"),
+  *("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"),
+  *("block_q_dq", "block_kv_dq"),
+)
 
 
 class Attention(nn.Module):
@@ -84,7 +91,9 @@ def attend(q, seen: KeyValueCache, places: Places):
       )
       valid = jnp.broadcast_to(places.valid, q.shape[:2])
       return sharding.over_heads(
-        kernel, (*[sharding.TOKENS] * 3, *[sharding.BY_ROW] * 2), sharding.TOKENS
+        kernel,
+        (*[sharding.TOKENS] * 3, *[sharding.BY_ROW] * 2),
+        sharding.TOKENS,
       )(q, *seen, valid, places.seen_positions > EMPTY)
     # What cuDNN serves is found out from the GPU itself.
     if platform == "gpu" and here and head_dim <= 128 and head_dim % 8 == 0:
@@ -150,9 +159,10 @@ def splash(
   mask = splash_attention.LocalMask(
     (q.shape[1], k.shape[1]), (window_length - 1, 0), offset=kept
   )
+  blocks: Any = dict.fromkeys(_BLOCKS, block)
   kernel = splash_attention.make_splash_mha(
     splash_attention.MultiHeadMask([mask] * heads),
-    block_sizes=splash_attention.BlockSizes(*[block] * 8),
+    block_sizes=splash_attention.BlockSizes(**blocks),
     head_shards=1,
     q_seq_shards=1,
     interpret=interpret,
@@ -162,5 +172,5 @@ def splash(
     valid.astype(jnp.int32), seen.astype(jnp.int32)
   )
   by_head = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-  y = jax.vmap(kernel)(*by_head, segments)
+  y: Any = jax.vmap(kernel)(*by_head, segments)
   return jnp.swapaxes(y, 1, 2)[:, :length]
