@@ -24,7 +24,6 @@ Exit code: 0, or 1 if a program does not compile or fit, or 2 for bad input.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import math
@@ -48,10 +47,10 @@ from sleep_jax.data.pipeline import Batch
 from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
 from sleep_jax.flops import count_flops
 from sleep_jax.model.hybrid_lm import HybridLM
-from sleep_jax.parallel.sharding import ROWS, make_mesh, shardings
+from sleep_jax.parallel.sharding import ROWS, make_mesh, parts_of_rows
 from sleep_jax.session import Session, shapes
 from sleep_jax.training import optimizers
-from sleep_jax.training.step import TrainState, init_params, make_train_step
+from sleep_jax.training.step import abstract_state, make_train_step
 
 
 class Peaks(NamedTuple):
@@ -112,9 +111,10 @@ class Report:
   )
 
 
-# SXM: NVIDIA's data sheet; it is compiled for alone.
-_H100_PEAKS = Peaks(989e12, 3.35e12, math.inf, 80 * 10**9)
-_LARGEST = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
+# SXM, by NVIDIA's data sheet and `H100`; it sends nothing, being alone.
+_H100_PEAKS = Peaks(989e12, 3.35e12, math.inf, 84_929_347_584)
+_MOST_CHIPS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
+_SMALL = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}
 
 
 def find_target(name: str) -> Target:
@@ -123,25 +123,15 @@ def find_target(name: str) -> Target:
   Raises:
     ValueError: there is no such target, or its compiler is missing.
   """
-  match = re.fullmatch(r"(\w+)-(\d+)", name)
-  if name != "h100" and not (match and match[1] in CHIPS):
-    raise ValueError(
-      f"--target={name!r}: give h100, or one of {', '.join(CHIPS)} and a "
-      "number, as v5e-16"
-    )
-  needed = "jax_plugins.xla_cuda13" if name == "h100" else "libtpu"
-  if not _is_installed(needed):
-    raise ValueError(
-      f"--target={name}: {needed} is missing: pip install -e '.[compile]'"
-    )
-  if match is None:
-    importlib.import_module(needed).initialize()
+  if name == "h100":
+    _need(name, "jax_plugins.xla_cuda13")
+    importlib.import_module("jax_plugins.xla_cuda13").initialize()
     topology = topologies.get_topology_desc(
       platform="cuda", target_config=H100, topology="1x1x1"
     )
     return Target(name, "cuda", topology.devices, _H100_PEAKS)
-  generation, chip = match[1], CHIPS[match[1]]
-  shape = _slice_shape(name, generation, int(match[2]))
+  generation, shape = slice_shape(name)
+  _need(name, "libtpu")
   options: dict[str, Any] = {}
   if math.prod(shape) == 1:
     options["chips_per_host_bounds"] = (1, 1, 1)
@@ -151,6 +141,7 @@ def find_target(name: str) -> Target:
   topology = topologies.get_topology_desc(
     f"{generation}:{'x'.join(map(str, shape))}", platform="tpu", **options
   )
+  chip = CHIPS[generation]
   peaks = Peaks(
     1e12 * chip.teraflops,
     1e9 * chip.gigabytes_per_second,
@@ -160,50 +151,57 @@ def find_target(name: str) -> Target:
   return Target(name, "tpu", topology.devices, peaks)
 
 
-def _is_installed(module: str) -> bool:
-  try:
-    return importlib.util.find_spec(module) is not None
-  except ModuleNotFoundError:
-    return False
+def _need(target: str, module: str):
+  package = module.partition(".")[0]
+  if importlib.util.find_spec(package) and importlib.util.find_spec(module):
+    return
+  raise ValueError(
+    f"--target={target}: {module} is missing: pip install -e '.[compile]'"
+  )
 
 
-def _slice_shape(name: str, generation: str, count: int) -> tuple[int, ...]:
-  """The chips of a slice along each axis of its torus, as cubic as can be.
+def slice_shape(name: str) -> tuple[str, tuple[int, ...]]:
+  """("v5e", (4, 8)) of "v5e-32": chips along each axis of the slice's torus.
+
+  Small slices are those that clouds rent; larger ones whole cubes of 4 chips a
+  side (flat ones: powers of two), in as cubic a block as can be.
 
   Raises:
-    ValueError: there is no such slice.
+    ValueError: there is no such target.
   """
-  flat = generation in ("v5e", "v6e")
-  chips = count if flat else count // 2
-  fits = chips in (4, 8, 16, 32) or (chips == 1 and flat)
-  if not fits and chips % 64 == 0:
-    # Of whole cubes, 4 chips along each side; flat slices are powers of two.
-    fits = not flat or chips & (chips - 1) == 0
-  if not fits or (count % 2 and not flat) or chips > _LARGEST[generation]:
-    few = "1, 4, 8, 16, 32, 64, 128, 256" if flat else "8, 16, 32, 64"
-    more = "" if flat else ", and multiples of 128"
-    unit = "chips" if flat else "cores, two a chip"
+  generation, _, count = name.partition("-")
+  if generation not in CHIPS or not count.isdecimal():
     raise ValueError(
-      f"--target={name}: {generation} counts {unit}: {few}{more} up to "
-      f"{_LARGEST[generation] * (1 if flat else 2)}"
+      f"--target={name}: h100, or one of {', '.join(CHIPS)} and a number, as "
+      "v5e-16"
     )
-  if flat:
-    side = 2 ** (chips.bit_length() - 1 >> 1)
-    return side, chips // side
-  unit = 4 if chips % 64 == 0 else 2
-  if chips == 4:
-    return 2, 2, 1
-  cubes = chips // unit**3
-  sides = min(
-    (
-      (a, b, cubes // (a * b))
-      for a in range(1, cubes + 1)
-      for b in range(a, cubes // a + 1)
-      if cubes % (a * b) == 0 and cubes // (a * b) >= b
-    ),
-    key=lambda sides: sides[-1],
+  flat, most = generation in ("v5e", "v6e"), _MOST_CHIPS[generation]
+  chips = int(count) if flat else int(count) / 2
+  if flat and chips in [2**i for i in (0, *range(2, 9))]:
+    side = 2 ** (int(math.log2(chips)) // 2)
+    return generation, (side, int(chips) // side)
+  if not flat and chips in _SMALL:
+    return generation, _SMALL[int(chips)]
+  if not flat and chips % 64 == 0 and 0 < chips <= most:
+    return generation, _cubes(int(chips) // 64)
+  counted = (
+    "chips: 1, 4, 8, 16, 32, 64, 128 or 256"
+    if flat
+    else f"cores: 8, 16, 32, 64, or a multiple of 128 up to {2 * most}"
   )
-  return tuple(unit * side for side in sides)
+  raise ValueError(f"--target={name}: {generation} counts {counted}")
+
+
+def _cubes(count: int) -> tuple[int, ...]:
+  """Chips along each side of a block of so many cubes, the longest last."""
+  divisors = [i for i in range(1, count + 1) if count % i == 0]
+  blocks = [
+    (a, b, count // (a * b))
+    for a in divisors
+    for b in divisors
+    if count % (a * b) == 0 and a <= b <= count // (a * b)
+  ]
+  return tuple(4 * side for side in min(blocks, key=lambda sides: sides[2]))
 
 
 def programs(config: ExperimentConfig, devices) -> tuple[Any, dict]:
@@ -216,7 +214,7 @@ def programs(config: ExperimentConfig, devices) -> tuple[Any, dict]:
   model = HybridLM(config.model, vocabulary_size(config, tokenizer))
   mesh = make_mesh(config, devices)
   rows = config.run.evaluation_batch_size
-  if rows % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
+  if rows % (parts := parts_of_rows(mesh)):
     raise ValueError(
       f"run.evaluation_batch_size = {rows}: must be a multiple of mesh.data x "
       f"mesh.fsdp = {parts}"
@@ -239,9 +237,7 @@ def programs(config: ExperimentConfig, devices) -> tuple[Any, dict]:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
 
   optimizer = optimizers.optimizer(config.optimizer, max(config.run.steps, 1))
-  params = jax.eval_shape(functools.partial(init_params, model, 0))
-  state = TrainState(params, jax.eval_shape(optimizer.init, params))
-  state = arrays(state, shardings(mesh, state, config.mesh.rules))
+  state = abstract_state(model, optimizer, config, mesh)
   tokens = config.data.batch_size, config.data.length
   ids: Any = jax.ShapeDtypeStruct(tokens, jnp.int32)
   mask: Any = jax.ShapeDtypeStruct(tokens, jnp.bool_)

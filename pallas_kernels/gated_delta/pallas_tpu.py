@@ -44,7 +44,7 @@ MAX_TILE = 128
 # Tiles a step of the grid, as many as fit: one hides another's latency.
 TILES = (4, 2, 1)
 # For the scratch of a kernel: of the 16 MiB that compilers grant by default,
-# all of v4's, and of what they grant if asked, at least 64 MiB on its successors.
+# all of v4's, and of what they grant if asked, 64 MiB or more on others.
 VMEM_BYTES = 13 * 2**20
 MOST_VMEM_BYTES = 40 * 2**20
 # What a kernel that asks for more than the default gets for its blocks.
