@@ -6,6 +6,7 @@ Sizes, as in `--config=experiments/math.py:tiny`:
   pocket (default): 2 CPU cores, under 15 minutes.
   tiny: under a minute, for tests; learns nothing much.
   evening: 40 minutes on 2 cores, as deep as it goes.
+  hybrid_2b: the shapes of a 2B hybrid, from scratch, for a slice of TPUs.
   ouro_1_4b, jet_nemotron_2b: the paper's models; not yet.
 A comma adds a baseline of `sleep_jax/baselines.py`: `:pocket,deeper`.
 """
@@ -17,6 +18,7 @@ from sleep_jax.config import (
   DataConfig,
   ExperimentConfig,
   ModelConfig,
+  OptimizerConfig,
   RunConfig,
   SleepConfig,
 )
@@ -82,7 +84,57 @@ def tiny() -> ExperimentConfig:
   )
 
 
-SIZES = {"pocket": pocket, "evening": evening, "tiny": tiny}
+def hybrid_2b() -> ExperimentConfig:
+  """The paper's N = 6 with 28 blocks of Jet-Nemotron 2B's widths.
+
+  Its full and its sliding attention are attention here, its Jet blocks GDN
+  (11 and 3 of the middle 14, which are looped; 24 and 4 of all). It is trained
+  from scratch: it shows what such a run takes.
+  """
+  return ExperimentConfig(
+    task=GsmInfiniteConfig(min_tokens=2000, max_tokens=3280),
+    model=ModelConfig(
+      pattern=(
+        (("gdn",), 7),
+        (("gdn",), 7),
+        (("attn",), 1),
+        (("gdn",), 4),
+        (("attn",), 2),
+        (("attn",), 1),
+        (("gdn",), 6),
+      ),
+      vocab_size=151_936,
+      width=1536,
+      attention_heads=12,
+      key_value_heads=2,
+      rope_theta=1e6,
+      fast_weight_heads=12,
+      key_dim=96,
+      value_dim=256,
+      mlp_width=8960,
+      compute_dtype="bfloat16",
+    ),
+    sleep=SleepConfig(
+      passes=6,
+      window_length=2000,
+      looped_groups=(1, 5),
+      remat_passes=True,
+      remat_windows=True,
+    ),
+    data=DataConfig(
+      length=3300, align_answer=False, answer_length=8, batch_size=256
+    ),
+    optimizer=OptimizerConfig(muon_learning_rate=1e-3, accumulation_steps=8),
+    run=RunConfig(steps=1000, evaluation_batch_size=256),
+  )
+
+
+SIZES = {
+  "pocket": pocket,
+  "evening": evening,
+  "tiny": tiny,
+  "hybrid_2b": hybrid_2b,
+}
 NOT_YET = ("ouro_1_4b", "jet_nemotron_2b")
 
 

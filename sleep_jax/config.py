@@ -225,6 +225,9 @@ class DataConfig:
   # to whole windows), as Depo does; False packs rows from their start, so that
   # the last window holds what is left of the context, and the answer.
   align_answer: bool = True
+  # Most places of a row with loss: an answer's tokens and the end after them.
+  # Logits are made for as many places of a window; 0 makes them for all.
+  answer_length: int = 0
   # Rows of a training batch, over all processes.
   batch_size: int = 64
   # "words" (the task's own symbols), "characters", or the path of a
@@ -241,6 +244,8 @@ class DataConfig:
       yield f"data.batch_size = {self.batch_size}: must be at least 1"
     if self.length < 2:
       yield f"data.length = {self.length}: must be at least 2"
+    if self.answer_length < 0:
+      yield f"data.answer_length = {self.answer_length}: must be at least 0"
     yield from _seed("data.seed", self.seed)
 
 

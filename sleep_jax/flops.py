@@ -65,7 +65,9 @@ _OPAQUE = frozenset(
 )
 
 
-def count_flops(function: Callable, *abstract_args: Any) -> Flops:
+def count_flops(
+  function: Callable, *abstract_args: Any, unknown_trips: int | None = None
+) -> Flops:
   """The operations that one call of `function` executes; nothing is compiled.
 
   A product [M, K] x [K, N] is 2 M N K, arithmetic (a transcendental function
@@ -79,22 +81,25 @@ def count_flops(function: Callable, *abstract_args: Any) -> Flops:
   Args:
     function: what `jax.jit` takes, or has made.
     abstract_args: arrays or `jax.ShapeDtypeStruct`s, in pytrees.
+    unknown_trips: how often the bodies of `while` loops count, whose trips are
+      not known.
 
   Raises:
-    ValueError: a `while` loop, whose trips are not known; a kernel without
+    ValueError: a `while` loop without `unknown_trips`; a kernel without
       `cost_estimate`; a primitive that no table here has.
   """
-  return _walk(jax.make_jaxpr(function)(*abstract_args).jaxpr)
+  jaxpr = jax.make_jaxpr(function)(*abstract_args).jaxpr
+  return _walk(jaxpr, unknown_trips)
 
 
-def _walk(jaxpr: Jaxpr) -> Flops:
+def _walk(jaxpr: Jaxpr, unknown_trips: int | None) -> Flops:
   total = Flops()
   for equation in jaxpr.eqns:
-    total = total.plus(_of_equation(equation))
+    total = total.plus(_of_equation(equation, unknown_trips))
   return total
 
 
-def _of_equation(equation: JaxprEqn) -> Flops:
+def _of_equation(equation: JaxprEqn, unknown_trips: int | None) -> Flops:
   name, params = equation.primitive.name, equation.params
   shapes = [getattr(x.aval, "shape", ()) for x in equation.invars]
   inputs = [math.prod(shape) for shape in shapes]
@@ -122,12 +127,12 @@ def _of_equation(equation: JaxprEqn) -> Flops:
         "cost_estimate: give it one, or count the function without the kernel"
       )
     return Flops(products=estimate.flops)
-  if name == "while":
+  if name == "while" and unknown_trips is None:
     raise ValueError(
       f"a while loop ({_place(equation)}) does not tell how often it runs: use "
       "lax.scan, or fori_loop with bounds that are Python integers"
     )
-  bodies = [_walk(jaxpr) for jaxpr in _sub_jaxprs(params)]
+  bodies = [_walk(jaxpr, unknown_trips) for jaxpr in _sub_jaxprs(params)]
   if not bodies or name in _OPAQUE:
     raise ValueError(
       f"nothing is known of the primitive {name!r} ({_place(equation)}): add "
@@ -138,6 +143,8 @@ def _of_equation(equation: JaxprEqn) -> Flops:
   times = 1
   if name == "scan":
     times = params["length"]
+  elif name == "while":
+    times = unknown_trips or 0
   elif name == "shard_map":
     sizes = dict(params["mesh"].shape)
     times = math.prod(sizes[axis] for axis in params["newly_manual_axes"])

@@ -136,6 +136,7 @@ def rollout(
   passes=None,
   most_passes: int | None = None,
   sleeper=sleep,
+  answer_length: int = 0,
 ) -> Rollout:
   """Runs a batch window by window and returns its `Rollout`.
 
@@ -163,6 +164,8 @@ def rollout(
     passes: of a sleeping row, a number that may be traced; None is N.
     most_passes: what `passes` cannot exceed; None is N.
     sleeper: `sleep`, or `sleep_until` where no gradient is wanted.
+    answer_length: most places of a row with loss; 0 is any number. Others of a
+      window get no logits.
   """
   most_passes = most_passes or sleep_config.passes
   passes = most_passes if passes is None else passes
@@ -170,6 +173,21 @@ def rollout(
   _, dtype = layers.dtypes(model.config)
 
   def judge(params, h, targets, mask):
+    if 0 < answer_length < mask.shape[1]:
+      # The masked places of each row, and some others where they are fewer.
+      _, places = jax.lax.top_k(mask.astype(jnp.int32), answer_length)
+      nats, predictions = judge_all(
+        params,
+        jnp.take_along_axis(h, places[..., None], axis=1),
+        *(jnp.take_along_axis(x, places, axis=1) for x in (targets, mask)),
+      )
+      none = jnp.zeros_like(targets)
+      return nats, jnp.put_along_axis(
+        none, places, predictions, axis=1, inplace=False
+      )
+    return judge_all(params, h, targets, mask)
+
+  def judge_all(params, h, targets, mask):
     logits = model.apply({"params": params}, h, method="logits")
     log_probabilities = jax.nn.log_softmax(logits)
     nats = -jnp.take_along_axis(log_probabilities, targets[..., None], -1)

@@ -168,7 +168,7 @@ class Session:
       raise ValueError(
         "sleep.eviction = 'none' never sleeps: set it to 'hard' or 'sliding'"
       )
-    return self._sleep_now(params, state, *self._knobs(passes, tolerance))
+    return self.sleep_now(params, state, *self._knobs(passes, tolerance))
 
   def generate(
     self,
@@ -256,7 +256,7 @@ class Session:
       taken = jnp.minimum(taken, here.size)
       index = jnp.minimum(done[:, None] + here, size - 1)
       piece = jnp.take_along_axis(tokens, index, axis=1)
-      state = self._read(params, state, piece, here < taken[:, None])
+      state = self.read(params, state, piece, here < taken[:, None])
       return state, done + taken
 
     none = jnp.zeros(batch, jnp.int32)
@@ -265,7 +265,7 @@ class Session:
     )[0]
 
   @functools.partial(jax.jit, static_argnums=0)
-  def _sleep_now(self, params, state, *knobs):
+  def sleep_now(self, params, state, *knobs):
     return self._sleep(params, state, state.length > 0, *knobs)
 
   @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -295,7 +295,7 @@ class Session:
         temperature > 0, draw, likeliest, state.logits, state.fed
       )
       token = jnp.where(active, token, 0)
-      state = self._read(params, state, token[:, None], active[:, None])
+      state = self.read(params, state, token[:, None], active[:, None])
       active = active & (token != stop) & (n + 1 < limit)
       return state, tokens.at[:, n].set(token), active, n + 1
 
@@ -324,7 +324,7 @@ class Session:
     )
     return tokens, after.fed - state.fed, after
 
-  def _read(self, params, state: State, tokens: Tokens, valid: Mask) -> State:
+  def read(self, params, state: State, tokens: Tokens, valid: Mask) -> State:
     """One pass over tokens that fit their rows' windows, padding at the end."""
     window_length = self.config.window_length
     position = state.length[:, None] + jnp.arange(tokens.shape[1])[None]

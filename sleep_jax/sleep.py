@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from pallas_kernels.sleep_stack import pallas_tpu, trial
+from pallas_kernels.target import target
 from sleep_jax.array_types import Counts, Hidden, Mask, Rows
 from sleep_jax.config import SleepConfig
 from sleep_jax.model.hybrid_lm import HybridLM
@@ -101,8 +102,11 @@ def _in_one_kernel(
 
 def why_not_one_kernel(model, params, h: Hidden, cache, groups) -> str | None:
   """Why `sleep` scans over passes here; None if it runs them in one kernel."""
-  if (platform := jax.default_backend()) != "tpu":
+  platform, _, here = target()
+  if platform != "tpu":
     return f"there is no kernel for {platform}"
+  if jax.sharding.get_abstract_mesh().size > 1:
+    return "rows are spread over devices"
   if jax.tree.leaves(cache):
     return "tokens are kept, or convolutions carried"
   count = len(model.config.pattern)
@@ -113,6 +117,8 @@ def why_not_one_kernel(model, params, h: Hidden, cache, groups) -> str | None:
   batch, length, _ = h.shape
   if reason := pallas_tpu.cannot_serve(model.config, params, batch, length):
     return reason
+  if not here:  # compiled for a device on which the trial is yet to come
+    return None
   if reason := trial.verdict(one_kernel, scanned, model.config, length):
     return f"the kernel failed its trial: {reason}"
   return None

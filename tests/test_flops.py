@@ -88,6 +88,14 @@ def test_a_while_loop_is_named():
     )
 
 
+def test_a_while_loop_counts_as_often_as_told():
+  def doubled(x):
+    return lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x)
+
+  found = count_flops(doubled, W, unknown_trips=3)
+  assert found.products == 3 * 2 * 16**3
+
+
 def test_what_no_table_has_is_named():
   with pytest.raises(ValueError, match="primitive 'sort'.*flops.py"):
     count_flops(jnp.sort, X)

@@ -102,6 +102,14 @@ def test_what_does_not_fit_is_refused_with_the_fix(
       lay_out(*ids, least - 1, 4, align_answer)
 
 
+def test_an_answer_beyond_its_length_is_refused_with_the_fix():
+  ids = [11], [21, 22], DIGITS
+  with pytest.raises(ValueError, match="answer_length = 2: set it to at least"):
+    lay_out(*ids, 8, 4, True, answer_length=2)
+  for enough in (0, 3):
+    lay_out(*ids, 8, 4, True, answer_length=enough)
+
+
 def test_row_r_of_batch_s_is_example_s_times_batch_size_plus_r():
   iterator = train(Numbers())
   for step in range(5):

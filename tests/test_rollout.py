@@ -216,6 +216,31 @@ def test_truncation_changes_the_gradient_alone():
     assert_equal((0, uncut), (0, whole), 1e-6)
 
 
+def test_logits_of_masked_places_alone_give_the_same():
+  arrays, _ = make_rows()
+  masked = arrays[2].reshape(len(ROWS), 3, WINDOW).sum(-1)
+  most = int(masked.max())
+  assert 0 < most < WINDOW and masked.min() == 0
+  with jax.enable_x64(True):
+    # No fast weights: they have no part in it, and compile longest.
+    model, params = make(dataclasses.replace(CONFIG, pattern=((("attn",), 1),)))
+
+    def value_and_gradient(answer_length):
+      def loss(params):
+        result = rollout(
+          *(model, params, *arrays, sleep_config(1)),
+          answer_length=answer_length,
+        )
+        return result.loss_sum, result.predictions
+
+      return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    (whole, predictions), gradients = value_and_gradient(0)
+    (loss, same), other = value_and_gradient(most)
+    np.testing.assert_array_equal(same, predictions)
+    assert_equal((loss, other), (whole, gradients), 1e-12)
+
+
 def test_bfloat16_computes_low_and_keeps_state_and_gradients_high():
   model, params = make(dataclasses.replace(CONFIG, compute_dtype="bfloat16"))
   exact, _ = make(dataclasses.replace(CONFIG, compute_dtype="float32"))

@@ -13,6 +13,7 @@ from pallas_kernels.gated_delta import (
   reference,
   trial,
 )
+from pallas_kernels.target import target
 
 IMPLEMENTATIONS = {
   "reference": reference.gated_delta_rule,
@@ -49,8 +50,9 @@ def gated_delta_rule(
       that of the computation.
     implementation: "reference" (a token at a time), "chunked_xla" (anywhere),
       "pallas_tpu" or "pallas_gpu" (Hopper). None picks the kernel of the
-      default backend if it serves these shapes and dtypes and has passed its
-      `trial` on this device, else "chunked_xla"; a debug log says why.
+      `target` if it serves these shapes and dtypes and has passed its `trial`
+      on this device, else "chunked_xla"; a debug log says why. Where the target
+      is not here there is no trial: what is compiled for it has the kernel.
 
   Returns:
     o in v's dtype, final_state in initial_state's dtype.
@@ -87,20 +89,28 @@ def available() -> list[str]:
 
 def choose(q, k, v, g, beta, initial_state) -> tuple[str, str]:
   """(implementation, why) for arrays as `gated_delta_rule`'s, heads grouped."""
-  platform, device = jax.default_backend(), jax.local_devices()[0]
+  platform, kind, here = target()
   name, fallback = f"pallas_{platform}", "chunked_xla"
   if name not in CANNOT_SERVE:
     return fallback, f"there is no kernel for {platform}"
-  if platform == "gpu" and not device.compute_capability.startswith("9."):
-    return fallback, f"the kernel is for Hopper GPUs, not {device.device_kind}"
+  if platform == "gpu" and not _is_hopper(kind, here):
+    return fallback, f"the kernel is for Hopper GPUs, not {kind}"
   if reason := CANNOT_SERVE[name](q, k, v, g, beta, initial_state):
     return fallback, reason
+  if not here:
+    return name, f"it serves {kind}, where its trial is yet to come"
   dtypes = {x.dtype for x in (q, k, v)}
   dtype = "bfloat16" if dtypes == {jnp.dtype("bfloat16")} else "float32"
   kernel, trusted = IMPLEMENTATIONS[name], IMPLEMENTATIONS[fallback]
   if reason := trial.verdict(kernel, trusted, dtype):
     return fallback, f"the kernel failed its trial: {reason}"
   return name, f"it serves {platform} and has passed its trial here"
+
+
+def _is_hopper(kind: str, here: bool) -> bool:
+  if not here:
+    return "H100" in kind
+  return jax.local_devices()[0].compute_capability.startswith("9.")
 
 
 def check_and_group(q, k, v, g, beta, initial_state):

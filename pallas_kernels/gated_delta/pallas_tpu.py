@@ -37,12 +37,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.target import target
+
 # Rows of a tile: what the smaller matrix units hold.
 MAX_TILE = 128
 # Tiles a step of the grid, as many as fit: one hides another's latency.
 TILES = (4, 2, 1)
-# For the scratch of a kernel, of the 16 MiB that compilers grant by default.
+# For the scratch of a kernel: of the 16 MiB that compilers grant by default,
+# all of v4's, and of what they grant if asked, 64 MiB or more on others.
 VMEM_BYTES = 13 * 2**20
+MOST_VMEM_BYTES = 40 * 2**20
+# What a kernel that asks for more than the default gets for its blocks.
+BLOCKS_BYTES = 8 * 2**20
 # Blocks of the inverse by substitution have at most this many rows.
 SUBSTITUTED = 24
 # Rows of `gates`: the running total of g, beta, the chunk's whole total; a
@@ -833,20 +839,30 @@ def _layouts(q, k, v):
 
 
 def _fitting(layouts, scratch):
-  """The first layout whose scratch fits; ValueError if none does."""
-  reason = "no layout"
-  for layout in layouts:
-    needed = sum(
-      math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in scratch(layout)
-    )
-    if needed <= VMEM_BYTES:
+  """The first layout whose scratch fits the default, or else the smallest.
+
+  Raises:
+    ValueError: not even that fits.
+  """
+  layouts = list(layouts)
+  sizes = [_bytes(scratch(layout)) for layout in layouts]
+  for layout, size in zip(layouts, sizes, strict=True):
+    if size <= VMEM_BYTES:
       return layout
-    reason = (
-      f"a kernel would keep {needed / 2**20:.0f} MiB in VMEM for T = "
-      f"{layout.length}, K = {layout.key_dim}, V = {layout.value_dim}: at most "
-      f"{VMEM_BYTES / 2**20:.0f} MiB fit"
-    )
-  raise ValueError(reason)
+  least = min(sizes)
+  most = VMEM_BYTES if target().kind == "TPU v4" else MOST_VMEM_BYTES
+  layout = layouts[sizes.index(least)]
+  if least <= most:
+    return layout
+  raise ValueError(
+    f"a kernel would keep {least / 2**20:.0f} MiB in VMEM for T = "
+    f"{layout.length}, K = {layout.key_dim}, V = {layout.value_dim}: at most "
+    f"{most / 2**20:.0f} MiB fit"
+  )
+
+
+def _bytes(scratch) -> int:
+  return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in scratch)
 
 
 def _backward_scratch(layout):
@@ -959,6 +975,7 @@ def _call(kernel, layout, steps, inputs, like, flops, **options):
       for x in (inputs[i] for i in like)
     ]
     items = batch * width // layout.key_dim * layout.chunks
+    kept = _bytes(options["scratch_shapes"])
     run = pl.pallas_call(
       functools.partial(kernel, layout=layout),
       grid=(
@@ -968,7 +985,8 @@ def _call(kernel, layout, steps, inputs, like, flops, **options):
       ),
       out_shape=outputs,
       compiler_params=pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary")
+        dimension_semantics=("parallel", "parallel", "arbitrary"),
+        vmem_limit_bytes=kept + BLOCKS_BYTES if kept > VMEM_BYTES else None,
       ),
       cost_estimate=pl.CostEstimate(
         flops=items * flops,

@@ -206,8 +206,7 @@ def report(target, only, dump):
   trial = importlib.import_module("pallas_kernels.sleep_stack.trial")
   chip = CHIPS[target]
   topology = topologies.get_topology_desc(chip.topology, platform="tpu")
-  # FLOPs a microsecond.
-  units = 2e3 * chip.units * chip.cores * chip.side**2 * chip.gigahertz
+  units = 1e6 * chip.teraflops  # FLOPs a microsecond
   print(
     "| case | HBM MB | cycles, thousands | us | HBM us | units us | spill "
     "stores, fills | temporaries |"

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import grain
 import jax
@@ -43,6 +43,7 @@ def lay_out(
   length: int,
   window_length: int,
   align_answer: bool,
+  answer_length: int = 0,
 ) -> tuple[
   Int32[np.ndarray, "T"],
   Int32[np.ndarray, "T"],
@@ -66,12 +67,18 @@ def lay_out(
     align_answer: pad the context on its left to as many whole windows as leave
       room, so that the prediction part starts a window; else the row starts
       with the context. What is left of the row is padding.
+    answer_length: most places of the prediction part; 0 is any number.
 
   Raises:
     ValueError: the example does not fit the row, or its prediction part does
-      not fit a window.
+      not fit a window or `answer_length`.
   """
   context, answer = len(context_ids), len(answer_ids)
+  if 0 < answer_length <= answer:
+    raise ValueError(
+      f"an answer of {answer} tokens and its end exceed data.answer_length = "
+      f"{answer_length}: set it to at least {answer + 1}, or to 0"
+    )
   if answer + 1 > window_length:
     raise ValueError(
       f"an answer of {answer} tokens and its marker exceed window_length = "
@@ -109,6 +116,7 @@ def train_iterator(
   length: int,
   window_length: int,
   align_answer: bool,
+  answer_length: int = 0,
   batch_size: int,
   seed: int,
   process_index: int = 0,
@@ -126,7 +134,7 @@ def train_iterator(
     tokenizer: turns them into tokens.
     length: T.
     window_length: L.
-    align_answer: see `lay_out`.
+    align_answer, answer_length: see `lay_out`.
     batch_size: rows of a global batch.
     seed: order of a finite split.
     process_index: which rows: those of this process.
@@ -138,9 +146,8 @@ def train_iterator(
       on iterating for an endless one.
   """
   rows = _rows_per_process(batch_size, process_count)
-  make_row = _row_maker(
-    task, "train", tokenizer, length, window_length, align_answer
-  )
+  layout = length, window_length, align_answer, answer_length
+  make_row = _row_maker(task, "train", tokenizer, *layout)
   size = task.size("train")
   if size is None:
     indices = grain.MapDataset.range(sys.maxsize)
@@ -166,6 +173,7 @@ def eval_batches(
   length: int,
   window_length: int,
   align_answer: bool,
+  answer_length: int = 0,
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
@@ -189,9 +197,8 @@ def eval_batches(
       f"{count} examples asked of split {split!r}, which has {size}: ask for "
       f"at most {size}"
     )
-  make_row = _row_maker(
-    task, split, tokenizer, length, window_length, align_answer
-  )
+  layout = length, window_length, align_answer, answer_length
+  make_row = _row_maker(task, split, tokenizer, *layout)
   pad = np.full(length, tokenizer.pad_id, np.int32)
   unused, zero = np.zeros(length, np.bool_), np.zeros((), np.int32)
   padding = Batch(pad, pad, unused, unused, zero, zero)
@@ -219,9 +226,7 @@ def _row_maker(
   task: Task,
   split: str,
   tokenizer: Tokenizer,
-  length: int,
-  window_length: int,
-  align_answer: bool,
+  *layout: Any,
 ) -> Callable[[int], Batch]:
   """The function from an index to that example as a row (a batch without B)."""
   modes = list(task.modes)
@@ -233,9 +238,7 @@ def _row_maker(
         tokenizer.encode(example.context),
         tokenizer.encode(example.answer),
         tokenizer,
-        length,
-        window_length,
-        align_answer,
+        *layout,
       )
     except ValueError as error:
       source = example.source or f"example {index} of {split!r}"

@@ -105,10 +105,12 @@ class GatedDeltaNet(nn.Module):
     beta = jax.nn.sigmoid(layers.dense(config, heads, "b_proj")(x))
     rule = UPDATE_RULES[config.update_rule]
     g = self._log_decay(x, rule.decay)
-    implementation = config.implementation or None
-    o, state = sharding.over_heads(
-      functools.partial(rule, implementation=implementation)
-    )(
+    rule = sharding.over_heads(
+      functools.partial(rule, implementation=config.implementation or None),
+      (*[sharding.TOKENS] * 5, sharding.STATE),
+      (sharding.TOKENS, sharding.STATE),
+    )
+    o, state = rule(
       q,
       k,
       v,

@@ -21,6 +21,10 @@ from sleep_jax.config import MESH_AXES, ExperimentConfig
 
 # Where the rows of a batch go.
 ROWS = ("data", "fsdp")
+# Arrays [B, T, H, *], fast weights [B, H, K, V], and what has no heads [B, *].
+TOKENS = PartitionSpec(ROWS, None, "tensor")
+STATE = PartitionSpec(ROWS, "tensor")
+BY_ROW = PartitionSpec(ROWS)
 # (what a path must hold, axes of the last dimensions). Of the rules that match,
 # the first whose axes divide the array's dimensions holds; if none does, the
 # last, without the axes that do not. No rule: every device holds all.
@@ -128,7 +132,7 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
     ValueError: the rows of this process do not lie beside each other.
   """
   total = parts_of_rows(mesh)
-  rows = NamedSharding(mesh, PartitionSpec(ROWS))
+  rows = NamedSharding(mesh, BY_ROW)
   local: Any = rows.addressable_devices_indices_map((total,)).values()
   own = sorted({index[0].start or 0 for index in local})
   first, count = own[0], len(own)
@@ -145,7 +149,7 @@ def place(batch: Any) -> Any:
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
     return batch
-  sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+  sharding = NamedSharding(mesh, BY_ROW)
   _, parts = share_of_rows(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(
@@ -228,17 +232,19 @@ def _steps(name, shape):
   ]
 
 
-def over_heads(rule: Callable) -> Callable:
-  """The rule (q, k, v, g, beta, S) -> (o, S), rows and heads apart.
+def over_heads(function: Callable, arguments: tuple, results: Any) -> Callable:
+  """The function, rows and heads apart: each device runs its own.
 
-  Kernels are opaque to the partitioner: each device runs its own.
+  For kernels, which are opaque to the partitioner.
+
+  Args:
+    arguments, results: PartitionSpecs, such as TOKENS, STATE and BY_ROW.
   """
   if not _active():
-    return rule
-  tokens, state = (
-    PartitionSpec(ROWS, None, "tensor"),
-    PartitionSpec(ROWS, "tensor"),
-  )
+    return function
   return jax.shard_map(
-    rule, in_specs=(*[tokens] * 5, state), out_specs=(tokens, state)
+    function,
+    in_specs=arguments,
+    out_specs=results,
+    check_vma=False,  # Pallas calls do not say over which axes they vary
   )

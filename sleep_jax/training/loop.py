@@ -59,6 +59,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
     length=config.data.length,
     window_length=config.sleep.window_length,
     align_answer=config.data.align_answer,
+    answer_length=config.data.answer_length,
   )
   evaluation = evaluation_sets(task, tokenizer, run, layout, mesh)
   index, processes = sharding.share_of_rows(mesh)

@@ -110,6 +110,7 @@ def run(
     batch.loss_mask,
     batch.valid,
     config.sleep,
+    answer_length=config.data.answer_length,
     **options,
   )
 
