@@ -120,7 +120,8 @@ def test_without_a_mesh_nothing_is_touched():
   assert sharding.constrain(x, "data") is x
   stacks = {"to (2, 2)": x}
   assert sharding.spread(stacks) is stacks
-  assert sharding.over_heads(test_who_holds_what) is test_who_holds_what
+  rule = test_who_holds_what
+  assert sharding.over_heads(rule, (), ()) is rule
 
 
 # Prints the losses of some steps for each of the meshes in argv.
