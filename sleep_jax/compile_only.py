@@ -125,7 +125,7 @@ def find_target(name: str) -> Target:
   """
   if name == "h100":
     _need(name, "jax_plugins.xla_cuda13")
-    importlib.import_module("jax_plugins.xla_cuda13").initialize()
+    jax.local_devices()  # finds the plug-in
     topology = topologies.get_topology_desc(
       platform="cuda", target_config=H100, topology="1x1x1"
     )
