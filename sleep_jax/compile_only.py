@@ -104,7 +104,7 @@ class Report:
   temporaries: int = 0
   peak: int = 0
   flops: int = 0
-  hbm_bytes: float = 0.0
+  hbm_bytes: int = 0
   sent_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
   roofline_seconds: Mapping[str, float] = dataclasses.field(
     default_factory=dict
@@ -343,7 +343,7 @@ def _reason(error: Exception) -> str:
   return f"{type(error).__name__}: {text[:300]}"
 
 
-def _gib(size: float) -> str:
+def _gib(size: int) -> str:
   return f"{size / 2**30:.2f}"
 
 
