@@ -416,11 +416,15 @@ def main(_):
 if __name__ == "__main__":
   from experiments import main as command
 
-  # Read when the compilers are loaded. What measures on a device that is not
-  # there is off.
+  # Read when the compilers are loaded. Nothing can be measured on a device that
+  # is not there; Triton's products, untuned, may not compile, cuBLAS's do.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+  os.environ["XLA_FLAGS"] = " ".join(
+    [
+      os.environ.get("XLA_FLAGS", ""),
+      "--xla_gpu_autotune_level=0",
+      "--xla_gpu_enable_triton_gemm=false",
+    ]
   )
   jax.config.update("jax_platforms", "cpu")
   flags.DEFINE_string("target", "v5e-1", "v4-N v5e-N v5p-N v6e-N tpu7x-N h100")
