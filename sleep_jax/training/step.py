@@ -178,9 +178,10 @@ def make_train_step(
     gradients, loss, right, norms = accumulate(state.params, batch, passes)
     count, rows = jnp.sum(batch.loss_mask), batch.inputs.shape[0]
     gradients = jax.tree.map(lambda x: x / count, gradients)
-    updates, new = optimizer.update(gradients, state.optimizer, state.params)
+    with jax.named_scope("optimizer"):
+      updates, new = optimizer.update(gradients, state.optimizer, state.params)
+      params = optax.apply_updates(state.params, updates)
     optimizer_state: Any = new
-    params = optax.apply_updates(state.params, updates)
     # Of the gradient's leaves, then of the new parameters'.
     squares = jnp.stack(
       [jnp.sum(jnp.square(x)) for x in jax.tree.leaves((gradients, params))]
