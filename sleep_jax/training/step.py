@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from jax.sharding import Mesh
 
 from sleep_jax.config import ExperimentConfig
 from sleep_jax.data.pipeline import Batch
+from sleep_jax.flops import count_flops
 from sleep_jax.model.fast_weights import init_fast_weights
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.parallel import sharding
@@ -113,6 +115,25 @@ def run(
     answer_length=config.data.answer_length,
     **options,
   )
+
+
+def model_flops(
+  model: HybridLM, config: ExperimentConfig, params, batch: Batch
+) -> int | None:
+  """Of a step, as utilization is reckoned: thrice a forward pass's products.
+
+  What is computed again for the gradient does not count. All N passes do, and
+  the head in every window, as in `count_flops`. None where that cannot count.
+  """
+
+  def loss_sum(params, batch):
+    return run(model, config, params, batch).loss_sum
+
+  try:
+    return 3 * count_flops(loss_sum, params, batch).products
+  except ValueError as error:
+    logging.debug("no model_flops_per_second: %s", error)
+    return None
 
 
 def exact(predictions, targets, loss_mask):
