@@ -215,6 +215,18 @@ def test_out_of_memory_takes_one_line(tmp_path, monkeypatch):
     assert part in said, part
 
 
+def test_a_metric_that_no_evaluation_gives_is_told_before_a_folder_is_made(
+  tmp_path,
+):
+  run = dataclasses.replace(
+    test_loop.CONFIG.run, checkpoint_every=3, keep_best="eval/heldout/loss"
+  )
+  config = dataclasses.replace(test_loop.CONFIG, run=run)
+  with pytest.raises(ValueError, match="give eval/seen/accuracy"):
+    loop.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_run_skips_and_ends_when_too_many_follow_each_other(
   tmp_path, monkeypatch

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import time
 from typing import Any
 
@@ -45,6 +46,11 @@ def _errors_explained():
   """Says of what the runtime raises what a user can do about it."""
   try:
     yield
+  except MemoryError as error:
+    raise ValueError(
+      "this machine's own memory does not suffice: lower data.length, "
+      "data.batch_size, run.evaluation_batch_size or run.evaluation_examples"
+    ) from error
   except jax.errors.JaxRuntimeError as error:
     # Where a step is at fault, a note has its memory table.
     said = [str(error).splitlines()[0], *getattr(error, "__notes__", [])]
@@ -80,6 +86,13 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
   run = config.run
   mesh = sharding.make_mesh(config)
   task, tokenizer = task_and_tokenizer(config)
+  splits = "|".join(map(re.escape, task.eval_splits))
+  metric = rf"eval/({splits})/(accuracy|depth_\d+|passes_\d+/accuracy)"
+  if run.keep_best and not re.fullmatch(metric, run.keep_best):
+    raise ValueError(
+      f"run.keep_best = {run.keep_best!r}: no evaluation gives it, or it is "
+      f"not the better the higher; give eval/{task.eval_splits[0]}/accuracy"
+    )
   layout = dict(
     length=config.data.length,
     window_length=config.sleep.window_length,
