@@ -24,31 +24,21 @@ FLAGS = (
 ).split()
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-  """Starts a run, or goes on with it; what it says is in the file `said`."""
-  cache = tmp_path_factory.mktemp("cache")
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    # What is compiled once is the same program ever after.
-    "JAX_COMPILATION_CACHE_DIR": str(cache),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
+def start(workdir, said):
+  """Starts a run, or goes on with it; what it says is in the file `said`.
 
-  def begin(workdir, said):
-    with open(said, "w") as errors:
-      return subprocess.Popen(
-        [
-          *(sys.executable, "-m", "experiments.main", f"--workdir={workdir}"),
-          *("--config=experiments/automaton.py:tiny", *FLAGS),
-        ],
-        cwd=Path(__file__).parents[1],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=errors,
-      )
-
-  return begin
+  What one process has compiled the next ones find (tests/conftest.py).
+  """
+  with open(said, "w") as errors:
+    return subprocess.Popen(
+      [
+        *(sys.executable, "-m", "experiments.main", f"--workdir={workdir}"),
+        *("--config=experiments/automaton.py:tiny", *FLAGS),
+      ],
+      cwd=Path(__file__).parents[1],
+      stdout=subprocess.DEVNULL,
+      stderr=errors,
+    )
 
 
 def outcome(workdir):
@@ -63,7 +53,7 @@ def newest(workdir):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(start, tmp_path):
+def test_killed_at_random_moments(tmp_path):
   said = tmp_path / "said"
   for name in ("unbroken", "again"):  # the second finds all compiled
     began = time.monotonic()
