@@ -545,13 +545,12 @@ def _from_dict(config: Any) -> ExperimentConfig:
     for x in leaves.keys() & given.keys():
       problems += _type_violations(f"{name}.{x}", given[x], leaves[x])
     if len(problems) == before:
+      values: dict[str, Any] = {
+        x: float(value) if type(leaves[x]) is float else _with_tuples(value)
+        for x, value in given.items()
+      }
       try:
-        sections[name] = section_class(
-          **{
-            x: float(value) if type(leaves[x]) is float else _with_tuples(value)
-            for x, value in given.items()
-          }
-        )
+        sections[name] = section_class(**values)
       except ValueError as error:  # a task's settings check themselves
         problems += str(error).splitlines()
   if not problems:
