@@ -193,6 +193,49 @@ def latency(report: Mapping[str, Any], path: str | os.PathLike) -> None:
   _save(figure, path)
 
 
+def throughput(report: Mapping[str, Any], path: str | os.PathLike) -> None:
+  """Draws what `experiments.throughput` measured to a PNG.
+
+  Tokens a second against the window's length and against N, the medians, with
+  quartiles.
+
+  Raises:
+    ValueError: matplotlib is missing.
+  """
+  labels = {
+    "parallel": "fully parallel",
+    "windowed": "N = 1, window by window",
+    "sleeping": f"L = {max(x['window'] for x in report['cells'])}",
+  }
+  figure, panels = _panels(2)
+  for (kind, label), (colour, marker) in zip(
+    labels.items(), _styles(labels).values(), strict=True
+  ):
+    some = [x for x in report["cells"] if x["kind"] == kind]
+    slow, middle, fast = np.array(
+      [x["tokens"] / np.quantile(x["seconds"], (0.75, 0.5, 0.25)) for x in some]
+    ).T
+    sleeps = kind == "sleeping"
+    panels[int(sleeps)].errorbar(
+      [x["passes" if sleeps else "window"] for x in some],
+      middle,
+      yerr=[middle - slow, fast - middle],
+      color=colour,
+      marker=marker,
+      ms=4.5,
+      lw=1.2,
+      label=label,
+    )
+  panels[0].set_xscale("log", base=2)
+  panels[0].set_xlabel("window length L")
+  panels[0].set_ylabel("tokens per second of training")
+  panels[1].set_xlabel("passes N")
+  panels[1].set_xlim(left=0)
+  for panel in panels:
+    panel.set_ylim(bottom=0)
+  _save(figure, path)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m experiments.figures")
   parser.add_argument("--workdirs", required=True, help="DIR,DIR,...")

@@ -8,6 +8,7 @@ back into an `ExperimentConfig` or reports all that is wrong with it at once.
 import dataclasses
 import math
 import re
+import reprlib
 from typing import Any
 
 import ml_collections
@@ -31,6 +32,29 @@ def _seed(name: str, value: int):
 def _positive(name: str, value: float):
   if not 0 < value < math.inf:
     yield f"{name} = {value}: must be positive and finite"
+
+
+def _type_violations(name: str, value: Any, default: Any):
+  """A leaf has the type of its default; a whole number fits an int32."""
+  if isinstance(default, tuple):
+    fits = isinstance(value, list | tuple)
+    kinds = set(map(type, default))
+    # Of other tuples their section says what they hold.
+    if fits and kinds in ({int}, {str}):
+      fits = set(map(type, value)) <= kinds
+    wanted = f"a tuple like {default!r}"
+  elif isinstance(default, float):
+    fits = type(value) is float or (type(value) is int and abs(value) < 2**1023)
+    wanted = "a number"
+  elif type(default) is int:
+    most = 2**32 if name.endswith(".seed") else 2**31
+    fits = type(value) is int and abs(value) < most
+    wanted = f"a whole number below {most}"
+  else:
+    fits = type(value) is type(default)
+    wanted = "True or False" if type(default) is bool else "a text"
+  if not fits:
+    yield f"{name} = {reprlib.repr(value)}: must be {wanted}"
 
 
 def _whole_numbers(values, least: int) -> bool:
@@ -116,7 +140,8 @@ class ModelConfig:
     yield from _positive("model.rope_theta", self.rope_theta)
     try:
       fits = len(self.pattern) > 0 and all(
-        len(kinds) > 0
+        isinstance(kinds, tuple)
+        and len(kinds) > 0
         and set(kinds) <= set(MIXERS)
         and type(repeats) is int
         and repeats >= 1
@@ -316,10 +341,13 @@ class MeshConfig:
         yield f"mesh.{name} = {getattr(self, name)}: must be at least {least}"
     try:
       fits = all(
-        re.compile(pattern) and set(axes) <= {None, *MESH_AXES}
+        re.compile(pattern)
+        and isinstance(pattern, str)
+        and isinstance(axes, tuple)
+        and set(axes) <= {None, *MESH_AXES}
         for pattern, axes in self.rules
       )
-    except (TypeError, ValueError, re.error):
+    except (TypeError, ValueError, OverflowError, re.error):
       fits = False
     if not fits:
       yield (
@@ -430,7 +458,7 @@ class ExperimentConfig:
         f"answer; set data.length above {window}"
       )
     looped, groups = self.sleep.looped_groups, len(self.model.pattern)
-    if looped and looped[-1] > groups:
+    if looped and _whole_numbers(looped, 0) and looped[-1] > groups:
       yield (
         f"sleep.looped_groups = {looped}: model.pattern has {groups} groups"
       )
@@ -471,10 +499,22 @@ def from_config_dict(config: Any) -> ExperimentConfig:
     ValueError: unknown or missing leaves, or values out of bounds; one line
       that names every violation.
   """
-  config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+  try:
+    return _from_dict(
+      config.to_dict() if hasattr(config, "to_dict") else config
+    )
+  except RecursionError as error:
+    raise ValueError("bad config: a value is nested too deeply") from error
+
+
+def _from_dict(config: Any) -> ExperimentConfig:
+  if not isinstance(config, dict):
+    raise ValueError(f"bad config: {reprlib.repr(config)}: must have sections")
   for name, section in config.items():
     if not isinstance(section, dict):
-      raise ValueError(f"bad config: {name} = {section!r}: must be a section")
+      raise ValueError(
+        f"bad config: {name} = {reprlib.repr(section)}: must be a section"
+      )
   task_name = config.get("task", {}).get("name")
   if str(task_name) not in TASKS:
     raise ValueError(
@@ -494,12 +534,23 @@ def from_config_dict(config: Any) -> ExperimentConfig:
   sections: dict[str, Any] = {}
   for name, section_class in classes.items():
     given = config.get(name, {})
-    leaves = {field.name for field in dataclasses.fields(section_class)}
-    problems += [f"unknown leaf {name}.{x}" for x in given.keys() - leaves]
-    problems += [f"missing leaf {name}.{x}" for x in leaves - given.keys()]
-    if given.keys() == leaves:
+    leaves = {x.name: x.default for x in dataclasses.fields(section_class)}
+    before = len(problems)
+    problems += [
+      f"unknown leaf {name}.{x}" for x in given.keys() - leaves.keys()
+    ]
+    problems += [
+      f"missing leaf {name}.{x}" for x in leaves.keys() - given.keys()
+    ]
+    for x in leaves.keys() & given.keys():
+      problems += _type_violations(f"{name}.{x}", given[x], leaves[x])
+    if len(problems) == before:
+      values: dict[str, Any] = {
+        x: float(value) if type(leaves[x]) is float else _with_tuples(value)
+        for x, value in given.items()
+      }
       try:
-        sections[name] = section_class(**_with_tuples(given))
+        sections[name] = section_class(**values)
       except ValueError as error:  # a task's settings check themselves
         problems += str(error).splitlines()
   if not problems:

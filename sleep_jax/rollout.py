@@ -245,7 +245,8 @@ def rollout(
 
   def scan(params, memory, first, last):
     def body(memory, window):
-      return one_window(params, memory, window, passes, most_passes, config)
+      with jax.named_scope("sleep"):
+        return one_window(params, memory, window, passes, most_passes, config)
 
     if config.remat_windows:
       body = jax.checkpoint(body, prevent_cse=False)
@@ -265,9 +266,10 @@ def rollout(
   if constant < before:
     memory, result = scan(params, memory, constant, before)
     results.append(result)
-  memory, (last_loss_sum, output, _) = one_window(
-    params, memory, tuple(x[:, split:] for x in arrays), 1, 1, config
-  )
+  with jax.named_scope("wake"):
+    memory, (last_loss_sum, output, _) = one_window(
+      params, memory, tuple(x[:, split:] for x in arrays), 1, 1, config
+    )
   loss_sum, predictions, slept = last_loss_sum, [output], None
   if results:
     loss_sums, outputs, slept = jax.tree.map(

@@ -324,6 +324,7 @@ class Session:
     )
     return tokens, after.fed - state.fed, after
 
+  @jax.named_scope("wake")
   def read(self, params, state: State, tokens: Tokens, valid: Mask) -> State:
     """One pass over tokens that fit their rows' windows, padding at the end."""
     window_length = self.config.window_length
@@ -360,6 +361,7 @@ class Session:
       fed=state.fed + count,
     )
 
+  @jax.named_scope("sleep")
   def _sleep(self, params, state: State, rows: Rows, passes, tolerance):
     """The state after a sleep of some rows, which may be none."""
     if self.config.eviction == "none":

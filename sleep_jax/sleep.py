@@ -289,6 +289,7 @@ def _blocks(model, groups):
   return run
 
 
+@jax.named_scope("pass")
 def _one_pass(blocks, params, carry, cache, places, active: Rows, keeps: Rows):
   """(h, state, next cache) after one pass of the active rows."""
   h, state, kept = carry

@@ -27,9 +27,9 @@ class Rule110Config:
   name: str = "rule110"
   # Bits of a string, 3..62.
   width: int = 24
-  # Independent strings of an example, and labels.
+  # Independent strings of an example, and labels, 1..1000.
   strings: int = 4
-  # t: updates between a string and its label.
+  # t: updates between a string and its label, 0..100,000.
   steps: int = 32
   # What lies beyond a string's ends: its other end ("periodic") or zeros
   # ("zero"), for which the first bit soon sticks at 1.
@@ -43,8 +43,8 @@ class Rule110Config:
       f"task.{field} = {getattr(self, field)!r}: {rule}"
       for field, holds, rule in (
         ("width", 3 <= self.width <= 62, "use 3..62"),
-        ("strings", self.strings >= 1, "use 1 or more"),
-        ("steps", self.steps >= 0, "use 0 or more"),
+        ("strings", 1 <= self.strings <= 1000, "use 1..1000"),
+        ("steps", 0 <= self.steps <= 100_000, "use 0..100000"),
         ("boundary", self.boundary in BOUNDARIES, f"use one of {BOUNDARIES}"),
         (
           "heldout_fraction",

@@ -1,9 +1,11 @@
 """The whole run of an experiment: data, training, judging, records."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
+import re
 import time
 from typing import Any
 
@@ -31,6 +33,7 @@ from sleep_jax.training.step import (
   init_state,
   make_predict,
   make_train_step,
+  model_flops,
 )
 
 _EXAMPLES_SHOWN = 4
@@ -38,6 +41,34 @@ _EXAMPLES_SHOWN = 4
 _SHARE_ON_THE_WAY = 4
 
 
+@contextlib.contextmanager
+def _errors_explained():
+  """Says of what the runtime raises what a user can do about it."""
+  try:
+    yield
+  except MemoryError as error:
+    raise ValueError(
+      "this machine's own memory does not suffice: lower data.length, "
+      "data.batch_size, run.evaluation_batch_size or run.evaluation_examples"
+    ) from error
+  except jax.errors.JaxRuntimeError as error:
+    # Where a step is at fault, a note has its memory table.
+    said = [str(error).splitlines()[0], *getattr(error, "__notes__", [])]
+    if "RESOURCE_EXHAUSTED" in said[0] or "out of memory" in said[0].lower():
+      raise ValueError(
+        f"out of memory ({'; '.join(said)}): less is taken with a higher "
+        "optimizer.accumulation_steps, with sleep.remat_windows or "
+        "sleep.remat_passes, and with more devices in mesh.fsdp; the last "
+        "checkpoint is intact"
+      ) from error
+    if jax.process_count() > 1:
+      raise ConnectionError(
+        f"another process may have ended: {said[0]}"
+      ) from error
+    raise
+
+
+@_errors_explained()
 def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
   """Trains (or resumes), judges, and returns the results by split.
 
@@ -55,6 +86,13 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
   run = config.run
   mesh = sharding.make_mesh(config)
   task, tokenizer = task_and_tokenizer(config)
+  splits = "|".join(map(re.escape, task.eval_splits))
+  metric = rf"eval/({splits})/(accuracy|depth_\d+|passes_\d+/accuracy)"
+  if run.keep_best and not re.fullmatch(metric, run.keep_best):
+    raise ValueError(
+      f"run.keep_best = {run.keep_best!r}: no evaluation gives it, or it is "
+      f"not the better the higher; give eval/{task.eval_splits[0]}/accuracy"
+    )
   layout = dict(
     length=config.data.length,
     window_length=config.sleep.window_length,
@@ -113,7 +151,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
       ) as writer:
         if start < run.steps:
           state = _steps(
-            *(config, start, state, train_step, batches),
+            *(model, config, start, state, train_step, batches),
             *(judge, saved, writer, preemption),
           )
         results, metrics = judge(state.params)
@@ -128,7 +166,16 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _steps(
-  config, start, state, train_step, batches, judge, saved, writer, preemption
+  model,
+  config,
+  start,
+  state,
+  train_step,
+  batches,
+  judge,
+  saved,
+  writer,
+  preemption,
 ) -> TrainState:
   """Takes the steps from `start` on and returns the last state."""
   run, compiled = config.run, None
@@ -140,6 +187,7 @@ def _steps(
       lines.waited += time.perf_counter() - before
       arguments = state, batch, draw_passes(config, step)
       if compiled is None:
+        lines.flops = model_flops(model, config, state.params, batch)
         compiled = train_step.lower(*arguments).compile()
         seconds = time.perf_counter() - before
         logging.info("compiled in %.1f s: %s", seconds, memory_table(compiled))
@@ -183,7 +231,9 @@ def _steps(
       # Neither belongs to the steps' own speed.
       lines.skip(time.perf_counter() - before)
   except jax.errors.JaxRuntimeError as error:
-    raise _explained(error, compiled) from error
+    if compiled is not None:
+      error.add_note(f"a step takes {memory_table(compiled)}")
+    raise
   return state
 
 
@@ -200,8 +250,9 @@ class _Lines:
     # What `bad_leaf` of the metrics counts.
     self._leaves = [*(f"the gradient of {path}" for path in paths), *paths]
     self._began = self._last = time.perf_counter()
-    # Seconds that steps have waited for data.
+    # Seconds that steps have waited for data; model FLOPs of a step, if known.
     self.waited = 0.0
+    self.flops: int | None = None
     self._recent: list[Any] = []
     self._due: tuple | None = None
 
@@ -244,6 +295,8 @@ class _Lines:
     }
     if "skipped_steps" in values:
       means["skipped_steps"] = int(values["skipped_steps"][-1])
+    if self.flops is not None:
+      means["model_flops_per_second"] = rate * self.flops
     learning_rate = config.optimizer.muon_learning_rate
     self._writer.write(
       step,
@@ -277,21 +330,6 @@ def memory_table(compiled) -> str:
   return ", ".join(
     f"{part} {size / 2**20:.1f} MiB" for part, size in sizes.items()
   )
-
-
-def _explained(error: jax.errors.JaxRuntimeError, compiled) -> Exception:
-  said = str(error).splitlines()[0]
-  if "RESOURCE_EXHAUSTED" in said or "out of memory" in said.lower():
-    takes = f" A step takes {memory_table(compiled)}." if compiled else ""
-    return ValueError(
-      f"out of memory ({said}).{takes} Less is taken with a higher "
-      "optimizer.accumulation_steps, with sleep.remat_windows or "
-      "sleep.remat_passes, and with more devices in mesh.fsdp; the last "
-      "checkpoint is intact"
-    )
-  if jax.process_count() > 1:
-    return ConnectionError(f"another process may have ended: {said}")
-  return error
 
 
 def _show_examples(predict, params, evaluation, tokenizer):

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from jax.sharding import Mesh
 
 from sleep_jax.config import ExperimentConfig
 from sleep_jax.data.pipeline import Batch
+from sleep_jax.flops import count_flops
 from sleep_jax.model.fast_weights import init_fast_weights
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.parallel import sharding
@@ -115,6 +117,25 @@ def run(
   )
 
 
+def model_flops(
+  model: HybridLM, config: ExperimentConfig, params, batch: Batch
+) -> int | None:
+  """Of a step, as utilization is reckoned: thrice a forward pass's products.
+
+  What is computed again for the gradient does not count. All N passes do, and
+  the head in every window, as in `count_flops`. None where that cannot count.
+  """
+
+  def loss_sum(params, batch):
+    return run(model, config, params, batch).loss_sum
+
+  try:
+    return 3 * count_flops(loss_sum, params, batch).products
+  except ValueError as error:
+    logging.debug("no model_flops_per_second: %s", error)
+    return None
+
+
 def exact(predictions, targets, loss_mask):
   """Rows [B] whose masked places are all predicted: exact answers."""
   return jnp.all((predictions == targets) | ~loss_mask, axis=1)
@@ -178,9 +199,10 @@ def make_train_step(
     gradients, loss, right, norms = accumulate(state.params, batch, passes)
     count, rows = jnp.sum(batch.loss_mask), batch.inputs.shape[0]
     gradients = jax.tree.map(lambda x: x / count, gradients)
-    updates, new = optimizer.update(gradients, state.optimizer, state.params)
+    with jax.named_scope("optimizer"):
+      updates, new = optimizer.update(gradients, state.optimizer, state.params)
+      params = optax.apply_updates(state.params, updates)
     optimizer_state: Any = new
-    params = optax.apply_updates(state.params, updates)
     # Of the gradient's leaves, then of the new parameters'.
     squares = jnp.stack(
       [jnp.sum(jnp.square(x)) for x in jax.tree.leaves((gradients, params))]

@@ -5,6 +5,8 @@ import dataclasses
 from sleep_jax.tasks.gsm_infinite.themes import THEMES
 
 _STYLES = tuple(THEMES)
+# Each value is a word of the vocabulary.
+_MOST_VALUES = 100_000
 _CHOICES = {
   "ops": (1, 2, 3, 4, 5, 6, 7, 8),
   "modes": ("forward", "reverse"),
@@ -42,7 +44,7 @@ class GsmInfiniteConfig:
   # Largest value of a leaf: a quantity stated as a constant. The original's is
   # 4; the more values there are, the less a guess among them is worth.
   max_leaf: int = 4
-  # Largest value of a necessary quantity, and so of an answer; at least 4.
+  # Largest value of a necessary quantity, and so of an answer, 4..100,000.
   max_value: int = 1000
   # Largest number of statements about the world that the answer does not need;
   # -1: everything in the world is stated.
@@ -73,8 +75,8 @@ class GsmInfiniteConfig:
     yield "style", self.style in _STYLES, f"use one of {_STYLES}"
     for field in ("max_places", "max_things"):
       yield field, 1 <= getattr(self, field) <= 5, "use 1..5"
-    fits = self.max_value >= 4
-    yield "max_value", fits, "use 4 (the largest factor) or more"
+    fits = 4 <= self.max_value <= _MOST_VALUES
+    yield "max_value", fits, f"use 4 (the largest factor)..{_MOST_VALUES}"
     fits = 1 <= self.max_leaf <= self.max_value
     yield "max_leaf", fits, f"use 1..max_value={self.max_value}"
     yield "distractors", self.distractors >= -1, "use -1 (all), 0 or more"

@@ -73,7 +73,7 @@ def _record(text: str, line: int) -> Record:
     answer = int(found[1])
   mode = fields.get("mode", "normalforward")
   if not isinstance(mode, str) or mode not in _MODES:
-    raise ValueError(f"mode {mode!r} is none of {', '.join(_MODES)}")
+    raise ValueError(f"mode {repr(mode)[:40]} is none of {', '.join(_MODES)}")
   op = _integer(fields, "op")
   if not 0 <= op <= _LARGEST_OP:
     raise ValueError(f"op {op}: must be in 0..{_LARGEST_OP}")

@@ -1,0 +1,38 @@
+"""What a profile shows: wake, the passes of a sleep, each block by name."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from sleep_jax.model.hybrid_lm import HybridLM
+from sleep_jax.training import loop, step
+from tests import test_loop, test_step
+
+
+def test_parts_of_a_rollout_are_named():
+  config = test_step.CONFIG
+  model = HybridLM(config.model, test_step.VOCABULARY)
+  params = jax.eval_shape(lambda: step.init_params(model, 0))
+  lowered = jax.jit(
+    lambda params, batch: step.run(model, config, params, batch).loss_sum
+  ).lower(params, test_step.make_batch())
+  text = lowered.as_text(debug_info=True)
+  # A loop's body has names of its own, which XLA puts behind the loop's.
+  for name in (
+    *("jit(<lambda>)/wake/", '"sleep/', '"pass/'),
+    *("attn_0/mixer/", "gdn_1/mlp/"),
+  ):
+    assert name in text, name
+
+
+@pytest.mark.slow
+def test_profiled_steps_leave_a_trace(tmp_path):
+  run = dataclasses.replace(test_loop.CONFIG.run, profile_steps=(2, 3))
+  loop.train(dataclasses.replace(test_loop.CONFIG, run=run), tmp_path)
+  (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+  profile = trace.read_bytes()
+  for part in ("sleep/while/body", "pass/HybridLM.blocks", "attn_0/mixer"):
+    assert part.encode() in profile, part
+  # For Perfetto.
+  assert any((tmp_path / "profile").rglob("*.trace.json.gz"))
