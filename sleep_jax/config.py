@@ -17,7 +17,11 @@ from sleep_jax.tasks import TASKS
 from sleep_jax.tasks.gsm_infinite import GsmInfiniteConfig
 from sleep_jax.tasks.rule110 import Rule110Config
 
-MIXERS = ("attn", "gdn")
+# Kinds of blocks: attention over the window, or over its own shorter one; fast
+# weights with a fixed or a dynamic convolution; the latter without an MLP,
+# inserted into a pretrained model, where it starts by adding nothing.
+MIXERS = ("attn", "swa", "gdn", "jet", "inserted_jet")
+ATTENTION = ("attn", "swa")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 EVICTIONS = ("hard", "sliding", "none")
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -54,6 +58,10 @@ class ModelConfig:
   # Attention: query heads, and the key/value heads that they share.
   attention_heads: int = 4
   key_value_heads: int = 4
+  # Biases of the projections to queries, keys and values.
+  attention_bias: bool = False
+  # Tokens that "swa" blocks see, the own one included, where L is more.
+  sliding_window: int = 0
   # Base of the rotary positions; they restart in each window.
   rope_theta: float = 10_000.0
   # H, K, V of the fast weights: S is H matrices of K x V.
@@ -67,10 +75,25 @@ class ModelConfig:
   implementation: str = ""
   # Taps of the causal depthwise convolution on q, k and v.
   convolution_size: int = 4
+  # "jet" blocks convolve v alone, with taps that a two-layer network makes for
+  # each token; its hidden width is H x V divided by this.
+  generator_reduction: int = 8
   # F: width of the SwiGLU layer.
   mlp_width: int = 128
   # Added to the mean square in every RMSNorm.
   norm_eps: float = 1e-6
+  # A second norm in each block, on what mixer and MLP add to h.
+  sandwich_norms: bool = False
+  # The final norm ends each run of the blocks, so that it stands between loops
+  # and between passes, and not only before the head.
+  norm_in_loop: bool = False
+  # R: runs of all blocks that make one pass, each with S, keys and values of
+  # its own; the model's own loops, not sleep's.
+  loops: int = 1
+  # A gate on each loop's h, which says how probably the model stops there.
+  exit_gate: bool = False
+  # The head is the embedding.
+  tied_head: bool = False
   # Dtype of the activations, "float32" or "bfloat16"; parameters and S stay in
   # float32.
   compute_dtype: str = "float32"
@@ -78,7 +101,7 @@ class ModelConfig:
   def violations(self):
     for name in (
       "width attention_heads key_value_heads fast_weight_heads key_dim "
-      "value_dim convolution_size mlp_width"
+      "value_dim convolution_size generator_reduction mlp_width loops"
     ).split():
       if getattr(self, name) < 1:
         yield f"model.{name} = {getattr(self, name)}: must be at least 1"
@@ -129,6 +152,19 @@ class ModelConfig:
         f"model.pattern = {self.pattern!r}: must be a tuple of (kinds, "
         f"repeats) with kinds from {MIXERS} and repeats >= 1, like "
         '((("attn", "gdn"), 2),)'
+      )
+      return
+    kinds = {kind for kinds, _ in self.pattern for kind in kinds}
+    if "swa" in kinds and self.sliding_window < 1:
+      yield (
+        f"model.sliding_window = {self.sliding_window}: must be at least 1 for "
+        "the 'swa' blocks of model.pattern"
+      )
+    generated = self.fast_weight_heads * self.value_dim
+    if kinds & {"jet", "inserted_jet"} and self.generator_reduction > generated:
+      yield (
+        f"model.generator_reduction = {self.generator_reduction}: must be at "
+        f"most model.fast_weight_heads x model.value_dim = {generated}"
       )
 
 
@@ -441,6 +477,11 @@ class ExperimentConfig:
           f"mesh.tensor = {self.mesh.tensor}: must divide model.{name} = "
           f"{heads}"
         )
+    if self.model.loops > 1 and looped not in ((), (0, groups)):
+      yield (
+        f"sleep.looped_groups = {looped}: with model.loops = "
+        f"{self.model.loops} all groups are looped; set it to ()"
+      )
     parts = self.optimizer.accumulation_steps
     if parts > 0 and self.data.batch_size % parts:
       yield (

@@ -15,13 +15,14 @@ def labels(params):
   """A tree of "muon" and "adamw": who updates which parameter.
 
   Muon takes the kernels of the linear layers inside blocks (`*_proj`). AdamW
-  takes the embedding, the head, norms, A_log, dt_bias and the depthwise
+  takes the embedding, the head, norms, biases, A_log, dt_bias and the depthwise
   convolutions, which are no matrices: each channel has taps of its own.
   """
 
   def label(path, _):
-    names = [entry.key for entry in path]
-    return "muon" if names[-2].endswith("_proj") else "adamw"
+    layer, name = (entry.key for entry in path[-2:])
+    matrix = layer.endswith("_proj") and name == "kernel"
+    return "muon" if matrix else "adamw"
 
   return jax.tree_util.tree_map_with_path(label, params)
 
