@@ -227,7 +227,8 @@ def restore_params(path: str | os.PathLike, params_like: PyTree) -> PyTree:
   Args:
     path: what `export_params` wrote, one step's folder, a checkpoints folder
       or a workdir (the last two: their newest finished step).
-    params_like: arrays or `jax.ShapeDtypeStruct`s.
+    params_like: arrays or `jax.ShapeDtypeStruct`s. What is stored in a
+      narrower dtype, as pretrained models are in bfloat16, is widened.
 
   Raises:
     ValueError: nothing finished and readable is there, or names, shapes or
@@ -242,6 +243,17 @@ def restore_params(path: str | os.PathLike, params_like: PyTree) -> PyTree:
     ) from error
 
 
+def stored_dtypes(path: str | os.PathLike) -> dict[str, np.dtype]:
+  """Dtypes of the parameters at `path` (as `restore_params`), by their paths.
+
+  Raises:
+    ValueError: nothing finished and readable is there.
+  """
+  folder = _params_folder(epath.Path(path).absolute())
+  metadata = ocp.StandardCheckpointHandler().metadata(folder)
+  return {name: np.dtype(x.dtype) for name, x in metadata.tree.items()}
+
+
 def export_params(path: str | os.PathLike, params: PyTree) -> None:
   """Writes the parameters alone to a new folder, for `restore_params`.
 
@@ -254,7 +266,9 @@ def export_params(path: str | os.PathLike, params: PyTree) -> None:
     raise ValueError(f"{path} exists: choose another path, or delete it")
   items = _save_arguments(params)
   try:
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    # Each array is copied to be written: not all of them at once.
+    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1)
+    with ocp.Checkpointer(handler) as checkpointer:
       checkpointer.save(folder, args=items)
   except Exception as error:
     raise OSError(
@@ -291,7 +305,12 @@ def _read(folder: epath.Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
   _check_same_arrays(metadata.tree, like_by_name)
   arrays = handler.restore(
     folder,
-    args=ocp.args.StandardRestore(jax.tree.map(_with_sharding, like_by_name)),
+    args=ocp.args.StandardRestore(
+      {
+        name: _with_sharding(leaf, metadata.tree[name].dtype)
+        for name, leaf in like_by_name.items()
+      }
+    ),
   )
   saved = metadata.custom_metadata
   if saved is None:
@@ -299,7 +318,9 @@ def _read(folder: epath.Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
   for name, checksum in _checksums(arrays).items():
     if checksum != saved["checksums"][name]:
       raise ValueError(f"{name} is corrupt: its checksum is not the saved one")
-  leaves = [arrays[name] for name in like_by_name]
+  leaves = [
+    arrays.pop(name).astype(leaf.dtype) for name, leaf in like_by_name.items()
+  ]
   return jax.tree.unflatten(jax.tree.structure(like), leaves), saved
 
 
@@ -322,19 +343,26 @@ def _check_same_arrays(there: dict[str, Any], like: dict[str, Any]) -> None:
     array = arrays[name]
     return f"{np.dtype(array.dtype).name}{list(array.shape)}"
 
+  def widened(name: str) -> bool:
+    was, wanted = there[name], like[name]
+    wider = jnp.promote_types(was.dtype, wanted.dtype) == wanted.dtype
+    floats = jnp.issubdtype(was.dtype, jnp.floating)
+    return was.shape == wanted.shape and wider and floats
+
   for name in sorted(there | like):
     was, wanted = describe(there, name), describe(like, name)
-    if was != wanted:
+    if was != wanted and not (name in there and name in like and widened(name)):
       raise ValueError(f"{name} is {was} there, but the model's is {wanted}")
 
 
-def _with_sharding(leaf: Any) -> Any:
+def _with_sharding(leaf: Any, dtype: Any) -> Any:
+  """What to restore for `leaf`, in the dtype that is stored."""
   if isinstance(leaf, np.ndarray):
-    return leaf
+    return np.empty(leaf.shape, dtype)
   sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(
     jax.local_devices()[0]
   )
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
 
 def _checksums(arrays: dict[str, Any]) -> dict[str, Any]:
