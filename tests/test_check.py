@@ -15,7 +15,7 @@ from tests import hf_folders
 
 @pytest.fixture(scope="module", params=["ouro_tiny", "jet_nemotron_tiny_f64"])
 def golden(request, tmp_path_factory):
-  """(converted folder, file of expected arrays, tolerance)."""
+  """(converted folder, file of expected arrays)."""
   weights, arrays = hf_folders.stored(request.param)
   ouro = request.param == "ouro_tiny"
   config = hf_folders.OURO if ouro else hf_folders.JET_NEMOTRON
@@ -25,22 +25,20 @@ def golden(request, tmp_path_factory):
   names = "ids logits exit_pdf expected_logits S.0 S.1 S.4".split()
   arrays = {x: arrays[x] for x in names if x in arrays}
   np.savez(folder / "expected.npz", **arrays)
-  # Ouro's answers are of float32.
-  tolerance = 2e-5 if ouro else 1e-5
-  return folder / "converted", folder / "expected.npz", tolerance
+  return folder / "converted", folder / "expected.npz"
 
 
 def test_models_compute_what_independent_code_computes(golden):
-  converted, expected, tolerance = golden
+  converted, expected = golden
   with jax.enable_x64(True):
     errors = check(converted, expected, "float64")
   assert "logits" in errors and len(errors) > 2
-  assert max(errors.values()) < tolerance, errors
+  assert max(errors.values()) < 1e-5, errors
 
 
 @pytest.mark.slow
 def test_the_command_prints_errors_and_judges_them(golden, tmp_path):
-  converted, expected, _ = golden
+  converted, expected = golden
 
   def run(expected, *options):
     return subprocess.run(
@@ -61,7 +59,7 @@ def test_the_command_prints_errors_and_judges_them(golden, tmp_path):
 
 
 def test_other_weights_are_noticed(golden, tmp_path):
-  converted, expected, _ = golden
+  converted, expected = golden
   with np.load(expected) as file:
     arrays = dict(file)
   arrays["ids"] = (arrays["ids"] + 1) % 61
@@ -70,7 +68,7 @@ def test_other_weights_are_noticed(golden, tmp_path):
 
 
 def test_a_file_of_another_vocabulary_is_named(golden, tmp_path):
-  converted, expected, _ = golden
+  converted, expected = golden
   with np.load(expected) as file:
     arrays = dict(file)
   arrays["ids"][0, 0] = 61

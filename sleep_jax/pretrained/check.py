@@ -19,7 +19,6 @@ import numpy as np
 from absl import app, flags
 
 from sleep_jax.config import ModelConfig
-from sleep_jax.model import layers
 from sleep_jax.model.fast_weights import init_fast_weights
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.pretrained import convert, export, hf
