@@ -60,6 +60,30 @@ JET_NEMOTRON = dict(
   },
   torch_dtype="float32",
 )
+OURO_1_4B = OURO | dict(
+  hidden_size=2048,
+  intermediate_size=5632,
+  num_hidden_layers=24,
+  num_attention_heads=16,
+  num_key_value_heads=16,
+  head_dim=128,
+  vocab_size=49152,
+)
+_LAYERS = ["jet"] * 14 + ["attn"] + ["jet"] * 4 + ["attn", "swa", "swa"]
+JET_NEMOTRON_2B = JET_NEMOTRON | dict(
+  hidden_size=1536,
+  intermediate_size=8960,
+  num_hidden_layers=28,
+  num_attention_heads=12,
+  num_key_value_heads=2,
+  vocab_size=151936,
+  layer_types=_LAYERS + ["jet"] * 6,
+  efficient_attention_config={
+    "swa": {"window_size": 1152},
+    "jet": JET_NEMOTRON["efficient_attention_config"]["jet"]
+    | {"num_heads": 12, "head_dim": 96},
+  },
+)
 
 
 def stored(name):

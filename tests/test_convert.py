@@ -67,38 +67,55 @@ def test_the_tables_hold_every_tensor_of_the_original(kind):
   }
 
 
-def test_full_size_models_have_the_published_numbers_of_parameters():
-  counts = {}
-  ouro = hf_folders.OURO | dict(
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    head_dim=128,
-    vocab_size=49152,
+@pytest.mark.parametrize(
+  "config, count",
+  [
+    (hf_folders.OURO_1_4B, 1_434_652_673),
+    (hf_folders.JET_NEMOTRON_2B, 1_964_806_208),
+  ],
+)
+def test_full_size_models_have_the_published_numbers_of_parameters(
+  config, count
+):
+  shapes = names_and_shapes(config).values()
+  assert sum(int(np.prod(shape)) for shape in shapes) == count
+
+
+@pytest.mark.slow
+def test_a_full_2b_folder_converts_in_under_8_gib(tmp_path):
+  """Random bfloat16; the time is that of an idle machine."""
+  config = hf_folders.JET_NEMOTRON_2B | {"torch_dtype": "bfloat16"}
+  shapes = names_and_shapes(config)
+  names = sorted(shapes)
+  random = np.random.default_rng(0).integers(0, 2**15, 2**24, np.uint16)
+
+  def weight(shape):
+    size = int(np.prod(shape))
+    words = np.resize(random, size).reshape(shape)
+    return words.view(ml_dtypes.bfloat16)
+
+  for n in range(4):
+    part = {name: weight(shapes[name]) for name in names[n::4]}
+    hf_folders.write(tmp_path / "hf", config, part)
+    (tmp_path / "hf" / "model.safetensors").rename(
+      tmp_path / "hf" / f"model-{n}.safetensors"
+    )
+  script = (
+    "import resource, sys, time; start = time.time();"
+    "from sleep_jax.pretrained.convert import convert;"
+    "convert(*sys.argv[1:]);"
+    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,"
+    "time.time() - start)"
   )
-  jet = hf_folders.JET_NEMOTRON["efficient_attention_config"]["jet"]
-  layer_types = ["jet"] * 28
-  layer_types[14] = layer_types[19] = "attn"
-  layer_types[20] = layer_types[21] = "swa"
-  nemotron = hf_folders.JET_NEMOTRON | dict(
-    hidden_size=1536,
-    intermediate_size=8960,
-    num_hidden_layers=28,
-    num_attention_heads=12,
-    num_key_value_heads=2,
-    vocab_size=151936,
-    layer_types=layer_types,
-    efficient_attention_config={
-      "swa": {"window_size": 1152},
-      "jet": jet | {"num_heads": 12, "head_dim": 96},
-    },
+  done = subprocess.run(
+    [sys.executable, "-c", script, tmp_path / "hf", tmp_path / "w"],
+    capture_output=True,
+    text=True,
+    check=True,
   )
-  for name, config in (("ouro", ouro), ("jet", nemotron)):
-    shapes = names_and_shapes(config)
-    counts[name] = sum(int(np.prod(shape)) for shape in shapes.values())
-  assert counts == {"ouro": 1_434_652_673, "jet": 1_964_806_208}
+  kib, seconds = map(float, done.stdout.split())
+  print(f"{kib / 2**20:.2f} GiB, {seconds:.0f} s")
+  assert kib < 8 * 2**20 and seconds < 300
 
 
 def test_special_tokens_get_rows_of_mean_embeddings(tmp_path):
