@@ -37,6 +37,13 @@ def _positive(name: str, value: float):
     yield f"{name} = {value}: must be positive and finite"
 
 
+def _pattern(name: str, value: str):
+  try:
+    re.compile(value)
+  except re.error as error:
+    yield f"{name} = {value!r}: must be a regular expression ({error})"
+
+
 def _whole_numbers(values, least: int) -> bool:
   return isinstance(values, tuple) and all(
     type(value) is int and value >= least for value in values
@@ -301,6 +308,9 @@ class OptimizerConfig:
   clip_norm: float = 1.0
   # Parts that a batch is cut into; their gradients are summed.
   accumulation_steps: int = 1
+  # What is trained: the parameters whose path this regular expression finds,
+  # as in "inserted_jet" or "^(?!embedding)"; "" is all of them.
+  trainable: str = ""
   # Steps in a row that may be skipped, and counted, because their gradient is
   # not finite, before the run ends; 0 ends it at the first.
   skipped_steps: int = 0
@@ -316,6 +326,7 @@ class OptimizerConfig:
         f"optimizer.warmup_fraction, decay_fraction = {fractions}: must not be "
         "negative and must sum to at most 1"
       )
+    yield from _pattern("optimizer.trainable", self.trainable)
     if self.skipped_steps < 0:
       yield (
         f"optimizer.skipped_steps = {self.skipped_steps}: must be at least 0"
@@ -324,6 +335,31 @@ class OptimizerConfig:
       yield (
         f"optimizer.accumulation_steps = {self.accumulation_steps}: must be at "
         "least 1"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstStageConfig:
+  """Steps in which new layers learn alone (paper, section 6.4).
+
+  Else a pretrained model's attention leaves them nothing to do. Judging, also
+  on the way, is as after this stage.
+  """
+
+  # How many of run.steps; 0 is no such stage.
+  steps: int = 0
+  # In place of optimizer.trainable.
+  trainable: str = "inserted_jet"
+  # In place of sleep.eviction.
+  eviction: str = "hard"
+
+  def violations(self):
+    if self.steps < 0:
+      yield f"first_stage.steps = {self.steps}: must be at least 0"
+    yield from _pattern("first_stage.trainable", self.trainable)
+    if self.eviction not in EVICTIONS[:2]:
+      yield (
+        f"first_stage.eviction = {self.eviction!r}: one of {EVICTIONS[:2]}"
       )
 
 
@@ -441,6 +477,7 @@ class ExperimentConfig:
   sleep: SleepConfig = SleepConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
+  first_stage: FirstStageConfig = FirstStageConfig()
   mesh: MeshConfig = MeshConfig()
   run: RunConfig = RunConfig()
 
@@ -448,12 +485,22 @@ class ExperimentConfig:
     if problems := sorted(self._violations()):
       raise ValueError("bad config: " + "; ".join(problems))
 
+  def at_step(self, step: int) -> "ExperimentConfig":
+    """The config under which an optimizer step, counted from 1, is taken."""
+    first = self.first_stage
+    if step > first.steps:
+      return self
+    optimizer = dataclasses.replace(self.optimizer, trainable=first.trainable)
+    sleep = dataclasses.replace(self.sleep, eviction=first.eviction)
+    return dataclasses.replace(self, optimizer=optimizer, sleep=sleep)
+
   def _violations(self):
     for section in (
       self.model,
       self.sleep,
       self.data,
       self.optimizer,
+      self.first_stage,
       self.mesh,
       self.run,
     ):
@@ -481,6 +528,16 @@ class ExperimentConfig:
       yield (
         f"sleep.looped_groups = {looped}: with model.loops = "
         f"{self.model.loops} all groups are looped; set it to ()"
+      )
+    if self.first_stage.steps > self.run.steps > 0:
+      yield (
+        f"first_stage.steps = {self.first_stage.steps}: must be at most "
+        f"run.steps = {self.run.steps}"
+      )
+    if self.first_stage.steps and self.sleep.eviction == "none":
+      yield (
+        f"first_stage.steps = {self.first_stage.steps}: with sleep.eviction = "
+        "'none' there is one window; set it to 0"
       )
     parts = self.optimizer.accumulation_steps
     if parts > 0 and self.data.batch_size % parts:
@@ -527,6 +584,7 @@ def from_config_dict(config: Any) -> ExperimentConfig:
     "sleep": SleepConfig,
     "data": DataConfig,
     "optimizer": OptimizerConfig,
+    "first_stage": FirstStageConfig,
     "mesh": MeshConfig,
     "run": RunConfig,
   }

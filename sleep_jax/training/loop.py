@@ -83,7 +83,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
     path, dataclasses.asdict(config), jax.process_index()
   )
   with Preemption() as preemption, jax.set_mesh(mesh):
-    train_step = make_train_step(model, optimizer, config)
+    make_step = functools.partial(make_train_step, model, optimizer)
     predict = make_predict(model, config)
 
     def judge(params, share: int = 1):
@@ -113,7 +113,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
       ) as writer:
         if start < run.steps:
           state = _steps(
-            *(config, start, state, train_step, batches),
+            *(config, start, state, make_step, batches),
             *(judge, saved, writer, preemption),
           )
         results, metrics = judge(state.params)
@@ -128,7 +128,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _steps(
-  config, start, state, train_step, batches, judge, saved, writer, preemption
+  config, start, state, make_step, batches, judge, saved, writer, preemption
 ) -> TrainState:
   """Takes the steps from `start` on and returns the last state."""
   run, compiled = config.run, None
@@ -139,8 +139,9 @@ def _steps(
       batch = sharding.place(next(batches))
       lines.waited += time.perf_counter() - before
       arguments = state, batch, draw_passes(config, step)
-      if compiled is None:
-        compiled = train_step.lower(*arguments).compile()
+      now = config.at_step(step)
+      if compiled is None or now != config.at_step(step - 1):
+        compiled = make_step(now).lower(*arguments).compile()
         seconds = time.perf_counter() - before
         logging.info("compiled in %.1f s: %s", seconds, memory_table(compiled))
         lines.skip(seconds)
