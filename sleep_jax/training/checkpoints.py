@@ -26,6 +26,7 @@ from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 PyTree: TypeAlias = Any
 
 _COMMIT_FILE = "commit_success.txt"
+_EXPORTED_FILE_BYTES = 100_000_000
 
 
 class Checkpoints:
@@ -264,11 +265,15 @@ def export_params(path: str | os.PathLike, params: PyTree) -> None:
   folder = epath.Path(path).absolute()
   if folder.exists():
     raise ValueError(f"{path} exists: choose another path, or delete it")
-  items = _save_arguments(params)
+  saved = _save_arguments(params)
+  # By default 2 GiB are held in memory before a file is written.
+  items = ocp.args.PyTreeSave(
+    saved.item,
+    custom_metadata=saved.custom_metadata,
+    ocdbt_target_data_file_size=_EXPORTED_FILE_BYTES,
+  )
   try:
-    # Each array is copied to be written: not all of them at once.
-    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       checkpointer.save(folder, args=items)
   except Exception as error:
     raise OSError(
