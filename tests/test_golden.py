@@ -53,7 +53,7 @@ def test_four_passes_give_what_they_gave(name):
     stored = dict(file)
   with jax.enable_x64(True):
     model = HybridLM(config, VOCABULARY)
-    _, like = jax.eval_shape(lambda: make(config))
+    like = jax.eval_shape(lambda: make(config)[1])
     params = jax.tree.unflatten(
       jax.tree.structure(like),
       [
@@ -63,8 +63,8 @@ def test_four_passes_give_what_they_gave(name):
     )
     row = [x[None] for x in make_row()]
     result = jax.jit(
-      lambda: rollout(model, params, *row, np.ones_like(row[2]), sleep)
-    )()
+      lambda params: rollout(model, params, *row, np.ones_like(row[2]), sleep)
+    )(params)
     np.testing.assert_allclose(result.loss_sum, stored["loss"], rtol=1e-12)
     for g, group in enumerate(result.memory.state):
       for j, state in enumerate(group):

@@ -266,14 +266,17 @@ def export_params(path: str | os.PathLike, params: PyTree) -> None:
   if folder.exists():
     raise ValueError(f"{path} exists: choose another path, or delete it")
   saved = _save_arguments(params)
-  # By default 2 GiB are held in memory before a file is written.
+  # Else all that is written, compressed, is held in memory until the end.
   items = ocp.args.PyTreeSave(
     saved.item,
     custom_metadata=saved.custom_metadata,
     ocdbt_target_data_file_size=_EXPORTED_FILE_BYTES,
   )
+  handler = ocp.PyTreeCheckpointHandler(
+    save_device_host_concurrent_gb=1, is_prioritized_key_fn=lambda _: False
+  )
   try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(handler) as checkpointer:
       checkpointer.save(folder, args=items)
   except Exception as error:
     raise OSError(
@@ -371,8 +374,8 @@ def _with_sharding(leaf: Any, dtype: Any) -> Any:
 
 
 def _checksums(arrays: dict[str, Any]) -> dict[str, Any]:
-  sums = jax.device_get({n: _checksum(array) for n, array in arrays.items()})
-  return {name: int(checksum) for name, checksum in sums.items()}
+  # One at a time: each may take as much memory again as its array.
+  return {name: int(_checksum(array)) for name, array in arrays.items()}
 
 
 @jax.jit
