@@ -298,6 +298,7 @@ SIZES = {
   "ouro_1_4b": ouro_1_4b,
   "jet_nemotron_2b": jet_nemotron_2b,
 }
+PRETRAINED = ("ouro_1_4b", "jet_nemotron_2b")
 VARIANTS = {"sliding": sliding, "shrink": shrink}
 
 

@@ -112,8 +112,9 @@ class ModelConfig:
     ).split():
       if getattr(self, name) < 1:
         yield f"model.{name} = {getattr(self, name)}: must be at least 1"
-    if self.vocab_size < 0:
-      yield f"model.vocab_size = {self.vocab_size}: must be at least 0"
+    for name in ("vocab_size", "sliding_window"):
+      if getattr(self, name) < 0:
+        yield f"model.{name} = {getattr(self, name)}: must be at least 0"
     if self.attention_heads > 0 and self.width % (2 * self.attention_heads):
       yield (
         f"model.width = {self.width}: must be a multiple of 2 x "
