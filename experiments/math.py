@@ -154,6 +154,7 @@ def _pretrained(name: str, model: ModelConfig, **sleep) -> ExperimentConfig:
     data=DataConfig(
       length=3300,
       align_answer=False,
+      answer_length=8,
       batch_size=256,
       tokenizer=f"pretrained/{name}/tokenizer.json",
     ),
