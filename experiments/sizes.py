@@ -30,9 +30,13 @@ TINY_RUN = RunConfig(
 
 
 def select(
-  sizes: Mapping[str, Callable[[], ExperimentConfig]], selection: str
+  sizes: Mapping[str, Callable[[], ExperimentConfig]],
+  selection: str,
+  variants: Mapping[str, Callable[[ExperimentConfig], ExperimentConfig]] = {},
 ) -> ml_collections.ConfigDict:
   """The config of "SIZE" or "SIZE,VARIANT,...", variants applied in order.
+
+  Variants are those given and `sleep_jax.baselines`.
 
   Overrides of the command line come after: they change the result, and what a
   variant has matched is not matched anew.
@@ -49,9 +53,10 @@ def select(
     # Not above: a mistyped size should not wait for the model's imports.
     from sleep_jax.baselines import BASELINES
 
+    known = {**variants, **BASELINES}
     for name in names:
-      if name not in BASELINES:
-        raise ValueError(f"unknown variant {name!r}: one of {list(BASELINES)}")
+      if name not in known:
+        raise ValueError(f"unknown variant {name!r}: one of {list(known)}")
     for name in names:
-      config = BASELINES[name](config)
+      config = known[name](config)
   return to_config_dict(config)

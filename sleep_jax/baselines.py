@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sleep_jax.config import ExperimentConfig
+from sleep_jax.config import ATTENTION, ExperimentConfig
 from sleep_jax.data.pipeline import Batch
 from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
 from sleep_jax.flops import Flops, count_flops
@@ -79,7 +79,15 @@ def transformer(config: ExperimentConfig) -> ExperimentConfig:
   Nothing survives an eviction: what the best guess without memory scores.
   """
   pattern = tuple(
-    (("attn",) * len(kinds), repeats) for kinds, repeats in config.model.pattern
+    (
+      tuple(
+        kind if kind in ATTENTION else "attn"
+        for kind in kinds
+        if kind != "inserted_jet"
+      ),
+      repeats,
+    )
+    for kinds, repeats in config.model.pattern
   )
   return _replace(config, model=dict(pattern=pattern), sleep=dict(passes=1))
 

@@ -18,7 +18,11 @@ from sleep_jax.tasks import TASKS
 from sleep_jax.tasks.gsm_infinite import GsmInfiniteConfig
 from sleep_jax.tasks.rule110 import Rule110Config
 
-MIXERS = ("attn", "gdn")
+# Kinds of blocks: attention over the window, or over its own shorter one; fast
+# weights with a fixed or a dynamic convolution; the latter without an MLP,
+# inserted into a pretrained model, where it starts by adding nothing.
+MIXERS = ("attn", "swa", "gdn", "jet", "inserted_jet")
+ATTENTION = ("attn", "swa")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 EVICTIONS = ("hard", "sliding", "none")
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -57,6 +61,13 @@ def _type_violations(name: str, value: Any, default: Any):
     yield f"{name} = {reprlib.repr(value)}: must be {wanted}"
 
 
+def _pattern(name: str, value: str):
+  try:
+    re.compile(value)
+  except re.error as error:
+    yield f"{name} = {value!r}: must be a regular expression ({error})"
+
+
 def _whole_numbers(values, least: int) -> bool:
   return isinstance(values, tuple) and all(
     type(value) is int and value >= least for value in values
@@ -78,6 +89,10 @@ class ModelConfig:
   # Attention: query heads, and the key/value heads that they share.
   attention_heads: int = 4
   key_value_heads: int = 4
+  # Biases of the projections to queries, keys and values.
+  attention_bias: bool = False
+  # Tokens that "swa" blocks see, the own one included, where L is more.
+  sliding_window: int = 0
   # Base of the rotary positions; they restart in each window.
   rope_theta: float = 10_000.0
   # H, K, V of the fast weights: S is H matrices of K x V.
@@ -91,10 +106,25 @@ class ModelConfig:
   implementation: str = ""
   # Taps of the causal depthwise convolution on q, k and v.
   convolution_size: int = 4
+  # "jet" blocks convolve v alone, with taps that a two-layer network makes for
+  # each token; its hidden width is H x V divided by this.
+  generator_reduction: int = 8
   # F: width of the SwiGLU layer.
   mlp_width: int = 128
   # Added to the mean square in every RMSNorm.
   norm_eps: float = 1e-6
+  # A second norm in each block, on what mixer and MLP add to h.
+  sandwich_norms: bool = False
+  # The final norm ends each run of the blocks, so that it stands between loops
+  # and between passes, and not only before the head.
+  norm_in_loop: bool = False
+  # R: runs of all blocks that make one pass, each with S, keys and values of
+  # its own; the model's own loops, not sleep's.
+  loops: int = 1
+  # A gate on each loop's h, which says how probably the model stops there.
+  exit_gate: bool = False
+  # The head is the embedding.
+  tied_head: bool = False
   # Dtype of the activations, "float32" or "bfloat16"; parameters and S stay in
   # float32.
   compute_dtype: str = "float32"
@@ -102,12 +132,13 @@ class ModelConfig:
   def violations(self):
     for name in (
       "width attention_heads key_value_heads fast_weight_heads key_dim "
-      "value_dim convolution_size mlp_width"
+      "value_dim convolution_size generator_reduction mlp_width loops"
     ).split():
       if getattr(self, name) < 1:
         yield f"model.{name} = {getattr(self, name)}: must be at least 1"
-    if self.vocab_size < 0:
-      yield f"model.vocab_size = {self.vocab_size}: must be at least 0"
+    for name in ("vocab_size", "sliding_window"):
+      if getattr(self, name) < 0:
+        yield f"model.{name} = {getattr(self, name)}: must be at least 0"
     if self.attention_heads > 0 and self.width % (2 * self.attention_heads):
       yield (
         f"model.width = {self.width}: must be a multiple of 2 x "
@@ -154,6 +185,19 @@ class ModelConfig:
         f"model.pattern = {self.pattern!r}: must be a tuple of (kinds, "
         f"repeats) with kinds from {MIXERS} and repeats >= 1, like "
         '((("attn", "gdn"), 2),)'
+      )
+      return
+    kinds = {kind for kinds, _ in self.pattern for kind in kinds}
+    if "swa" in kinds and self.sliding_window < 1:
+      yield (
+        f"model.sliding_window = {self.sliding_window}: must be at least 1 for "
+        "the 'swa' blocks of model.pattern"
+      )
+    generated = self.fast_weight_heads * self.value_dim
+    if kinds & {"jet", "inserted_jet"} and self.generator_reduction > generated:
+      yield (
+        f"model.generator_reduction = {self.generator_reduction}: must be at "
+        f"most model.fast_weight_heads x model.value_dim = {generated}"
       )
 
 
@@ -290,6 +334,9 @@ class OptimizerConfig:
   clip_norm: float = 1.0
   # Parts that a batch is cut into; their gradients are summed.
   accumulation_steps: int = 1
+  # What is trained: the parameters whose path this regular expression finds,
+  # as in "inserted_jet" or "^(?!embedding)"; "" is all of them.
+  trainable: str = ""
   # Steps in a row that may be skipped, and counted, because their gradient is
   # not finite, before the run ends; 0 ends it at the first.
   skipped_steps: int = 0
@@ -305,6 +352,7 @@ class OptimizerConfig:
         f"optimizer.warmup_fraction, decay_fraction = {fractions}: must not be "
         "negative and must sum to at most 1"
       )
+    yield from _pattern("optimizer.trainable", self.trainable)
     if self.skipped_steps < 0:
       yield (
         f"optimizer.skipped_steps = {self.skipped_steps}: must be at least 0"
@@ -313,6 +361,31 @@ class OptimizerConfig:
       yield (
         f"optimizer.accumulation_steps = {self.accumulation_steps}: must be at "
         "least 1"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstStageConfig:
+  """Steps in which new layers learn alone (paper, section 6.4).
+
+  Else a pretrained model's attention leaves them nothing to do. Judging, also
+  on the way, is as after this stage.
+  """
+
+  # How many of run.steps; 0 is no such stage.
+  steps: int = 0
+  # In place of optimizer.trainable.
+  trainable: str = "inserted_jet"
+  # In place of sleep.eviction.
+  eviction: str = "hard"
+
+  def violations(self):
+    if self.steps < 0:
+      yield f"first_stage.steps = {self.steps}: must be at least 0"
+    yield from _pattern("first_stage.trainable", self.trainable)
+    if self.eviction not in EVICTIONS[:2]:
+      yield (
+        f"first_stage.eviction = {self.eviction!r}: one of {EVICTIONS[:2]}"
       )
 
 
@@ -433,6 +506,7 @@ class ExperimentConfig:
   sleep: SleepConfig = SleepConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
+  first_stage: FirstStageConfig = FirstStageConfig()
   mesh: MeshConfig = MeshConfig()
   run: RunConfig = RunConfig()
 
@@ -440,12 +514,22 @@ class ExperimentConfig:
     if problems := sorted(self._violations()):
       raise ValueError("bad config: " + "; ".join(problems))
 
+  def at_step(self, step: int) -> "ExperimentConfig":
+    """The config under which an optimizer step, counted from 1, is taken."""
+    first = self.first_stage
+    if step > first.steps:
+      return self
+    optimizer = dataclasses.replace(self.optimizer, trainable=first.trainable)
+    sleep = dataclasses.replace(self.sleep, eviction=first.eviction)
+    return dataclasses.replace(self, optimizer=optimizer, sleep=sleep)
+
   def _violations(self):
     for section in (
       self.model,
       self.sleep,
       self.data,
       self.optimizer,
+      self.first_stage,
       self.mesh,
       self.run,
     ):
@@ -469,6 +553,21 @@ class ExperimentConfig:
           f"mesh.tensor = {self.mesh.tensor}: must divide model.{name} = "
           f"{heads}"
         )
+    if self.model.loops > 1 and looped not in ((), (0, groups)):
+      yield (
+        f"sleep.looped_groups = {looped}: with model.loops = "
+        f"{self.model.loops} all groups are looped; set it to ()"
+      )
+    if self.first_stage.steps > self.run.steps > 0:
+      yield (
+        f"first_stage.steps = {self.first_stage.steps}: must be at most "
+        f"run.steps = {self.run.steps}"
+      )
+    if self.first_stage.steps and self.sleep.eviction == "none":
+      yield (
+        f"first_stage.steps = {self.first_stage.steps}: with sleep.eviction = "
+        "'none' there is one window; set it to 0"
+      )
     parts = self.optimizer.accumulation_steps
     if parts > 0 and self.data.batch_size % parts:
       yield (
@@ -526,6 +625,7 @@ def _from_dict(config: Any) -> ExperimentConfig:
     "sleep": SleepConfig,
     "data": DataConfig,
     "optimizer": OptimizerConfig,
+    "first_stage": FirstStageConfig,
     "mesh": MeshConfig,
     "run": RunConfig,
   }

@@ -2,7 +2,8 @@
 
 One row and one token at a time, without padding, scans, chunks, row masks or
 stacked parameters; every formula from its source (paper, Algorithm 1; the Gated
-DeltaNet layer), nothing shared with the code under test.
+DeltaNet and Jet layers; Ouro's blocks and loops), nothing shared with the code
+under test.
 """
 
 import functools
@@ -32,7 +33,9 @@ def attention(config, p, x, kept, window_length):
   """
   length, heads = x.shape[0], config.attention_heads
   q, k, v = (
-    (x @ p[f"{name}_proj"]["kernel"]).reshape(length, -1, config.width // heads)
+    (
+      x @ p[f"{name}_proj"]["kernel"] + p[f"{name}_proj"].get("bias", 0.0)
+    ).reshape(length, -1, config.width // heads)
     for name in "qkv"
   )
   own = k, v
@@ -52,16 +55,16 @@ def attention(config, p, x, kept, window_length):
   return y @ p["o_proj"]["kernel"], own
 
 
-def gated_delta_net(config, p, x, state, history):
+def silu(z):
+  return z / (1 + jnp.exp(-z))
+
+
+def fast_weights(config, kind, p, x, state, history):
   """(y [T, D], S [H, K, V], all that was convolved): a token at a time.
 
   history: what was convolved before x [tokens, channels].
   """
   length, heads = x.shape[0], config.fast_weight_heads
-
-  def silu(z):
-    return z / (1 + jnp.exp(-z))
-
   key_width = heads * config.key_dim
   channels = {
     "q": slice(0, key_width),
@@ -85,7 +88,35 @@ def gated_delta_net(config, p, x, state, history):
       z, moved = z + tap * moved, later @ moved
     return silu(z)[len(y) - length :].reshape(length, heads, -1)
 
-  q, k, v = convolved("q"), convolved("k"), convolved("v")
+  def plain(name):
+    return silu(x @ p[f"{name}_proj"]["kernel"]).reshape(length, heads, -1)
+
+  def dynamic(name):
+    u = x @ p[f"{name}_proj"]["kernel"]
+    if before:
+      u = jnp.concatenate([before[name], u])
+    projected[name] = u
+    made = p["v_conv"]
+    made = (
+      silu(x @ made["w1_proj"]["kernel"]) @ made["w2_proj"]["kernel"]
+      + made["w2_proj"]["bias"]
+    )
+    rows = []
+    for t in range(length):
+      taps = made[t].reshape(-1, config.convolution_size)
+      last = len(u) - length + t
+      rows.append(
+        sum(
+          taps[:, -1 - back] * u[last - back]
+          for back in range(min(config.convolution_size, last + 1))
+        )
+      )
+    return silu(jnp.stack(rows)).reshape(length, heads, -1)
+
+  if kind == "gdn":
+    q, k, v = convolved("q"), convolved("k"), convolved("v")
+  else:
+    q, k, v = plain("q"), plain("k"), dynamic("v")
   q = q / jnp.sqrt(jnp.sum(q**2, -1, keepdims=True) + 1e-6)
   k = k / jnp.sqrt(jnp.sum(k**2, -1, keepdims=True) + 1e-6)
   beta = 1 / (1 + jnp.exp(-(x @ p["b_proj"]["kernel"])))
@@ -109,34 +140,49 @@ def gated_delta_net(config, p, x, state, history):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # small, compiled once
 def block(config, window_length, kind, p, h, state, kept):
   """(h [T, D], S, what a later window may keep) after one block."""
-  x = rms_norm(h, p["mixer_norm"]["scale"], config.norm_eps)
+
+  def norm(name, x):
+    return rms_norm(x, p[name]["scale"], config.norm_eps)
+
+  x = norm("mixer_norm", h)
   if kind == "attn":
     y, own = attention(config, p["mixer"], x, kept, window_length)
+  elif kind == "swa":
+    near = min(window_length, config.sliding_window)
+    y, own = attention(config, p["mixer"], x, kept, near)
   else:
-    y, state, own = gated_delta_net(config, p["mixer"], x, state, kept)
-  h = h + y
-  x = rms_norm(h, p["mlp_norm"]["scale"], config.norm_eps)
-  z = x @ p["mlp"]["gate_proj"]["kernel"]
-  z = z / (1 + jnp.exp(-z)) * (x @ p["mlp"]["up_proj"]["kernel"])
-  return h + z @ p["mlp"]["down_proj"]["kernel"], state, own
+    y, state, own = fast_weights(config, kind, p["mixer"], x, state, kept)
+  if kind == "inserted_jet":
+    return h + y, state, own
+  h = h + (norm("mixer_output_norm", y) if config.sandwich_norms else y)
+  x = norm("mlp_norm", h)
+  z = silu(x @ p["mlp"]["gate_proj"]["kernel"])
+  y = (z * (x @ p["mlp"]["up_proj"]["kernel"])) @ p["mlp"]["down_proj"][
+    "kernel"
+  ]
+  h = h + (norm("mlp_output_norm", y) if config.sandwich_norms else y)
+  return h, state, own
 
 
 def blocks(config, params, h, states, kept, groups, window_length):
   """(h, S, own) after one pass of some groups over h [T, D].
 
-  states, kept, own: dicts from (group, repeat, place in the group).
+  states, kept, own: dicts from (group, repeat, place in the group, loop).
   """
   states, own = dict(states), {}
-  for g in groups:
-    kinds, repeats = config.pattern[g]
-    for r in range(repeats):
-      for j, kind in enumerate(kinds):
-        p = params[f"group_{g}"][f"{kind}_{j}"]
-        p = jax.tree.map(lambda x, r=r: x[r], p)
-        i = g, r, j
-        h, states[i], own[i] = block(
-          config, window_length, kind, p, h, states[i], kept.get(i)
-        )
+  for u in range(config.loops):
+    for g in groups:
+      kinds, repeats = config.pattern[g]
+      for r in range(repeats):
+        for j, kind in enumerate(kinds):
+          p = params[f"group_{g}"][f"{kind}_{j}"]
+          p = jax.tree.map(lambda x, r=r: x[r], p)
+          i = g, r, j, u
+          h, states[i], own[i] = block(
+            config, window_length, kind, p, h, states[i], kept.get(i)
+          )
+    if config.norm_in_loop and len(config.pattern) - 1 in groups:
+      h = rms_norm(h, params["final_norm"]["scale"], config.norm_eps)
   return h, states, own
 
 
@@ -150,10 +196,11 @@ def loss_sum(config, params, windows, sleep):
     (config.fast_weight_heads, config.key_dim, config.value_dim)
   )
   kinds = {
-    (g, r, j): kind
+    (g, r, j, u): kind
     for g, (group, repeats) in enumerate(config.pattern)
     for r in range(repeats)
     for j, kind in enumerate(group)
+    for u in range(config.loops)
   }
   states, kept, total = dict.fromkeys(kinds, zeros), {}, 0.0
   first, last = sleep.looped_groups or (0, len(config.pattern))
@@ -202,14 +249,18 @@ def loss_sum(config, params, windows, sleep):
       for i, x in (own | late).items()
       if (
         sleep.eviction == "sliding"
-        if kinds[i] == "attn"
+        if kinds[i] in ("attn", "swa")
         else sleep.carry_convolution
       )
     }
     if not any(mask):
       continue
-    x = rms_norm(h, params["final_norm"]["scale"], config.norm_eps)
-    logits = x @ params["head"]["kernel"]
+    if not config.norm_in_loop:
+      h = rms_norm(h, params["final_norm"]["scale"], config.norm_eps)
+    if config.tied_head:
+      logits = h @ params["embedding"]["embedding"].T
+    else:
+      logits = h @ params["head"]["kernel"]
     for row, target, counts in zip(logits, targets, mask, strict=True):
       if counts:
         total += jnp.log(jnp.sum(jnp.exp(row))) - row[target]

@@ -15,9 +15,12 @@ from experiments import automaton, chat, math
 from sleep_jax.data import pipeline
 from sleep_jax.data.source import task_and_tokenizer
 from sleep_jax.model.hybrid_lm import HybridLM
+from sleep_jax.pretrained import convert
 from sleep_jax.tasks import make_task
 from sleep_jax.training.evaluate import greedy_decode
 from sleep_jax.training.step import init_params, make_predict
+from tests import hf_folders
+from tests.test_convert import with_jet_layers, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -191,3 +194,29 @@ def test_it_writes_what_evaluation_scores(variant, seed, settings):
     assert answer == f"answer: {tokenizer.decode(expected)}"
     answers.add(answer)
   assert len(answers) > 1
+
+
+def test_it_talks_to_a_converted_model(tmp_path):
+  """Random weights, but the model's own tokenizer: text in, sleep, text out."""
+  words = ["?", "bear", "barn", "=", "8", "."]
+  folder = write(tmp_path / "hf")
+  hf_folders.write_tokenizer(folder / "tokenizer.json", words)
+  config = with_jet_layers(loops=1)
+  config = dataclasses.replace(
+    config, sleep=dataclasses.replace(config.sleep, window_length=8)
+  )
+  convert.convert(folder, tmp_path / "w", config)
+  config, model, params, tokenizer = chat.load_run(tmp_path / "w")
+  assert tokenizer.vocab_size == 6 + 3 and model.vocabulary_size == 61
+  session = chat.Chat(config, model, params, tokenizer, max_tokens=4)
+  assert session.run("bear barn = 8 .") == [
+    "window 5/8, 5 tokens read, 0 sleeps"
+  ]
+  slept, place = session.run("bear barn = 8 . bear barn")
+  assert slept.startswith("slept with 2 passes: S moved by ")
+  assert place == "window 4/8, 12 tokens read, 1 sleeps"
+  *_, answer, place = session.run("/ask = bear")
+  assert answer.startswith("answer: ") and place.startswith("window ")
+  session.run(f"/save {tmp_path / 'file'}")
+  session.run("/new")
+  assert session.run(f"/load {tmp_path / 'file'}") == [place]

@@ -30,8 +30,6 @@ def test_every_size_is_valid_and_comes_back_unchanged(module, size):
 
 
 def test_sizes_that_are_not_there():
-  with pytest.raises(ValueError, match="'ouro_1_4b' is not there yet"):
-    math.get_config("ouro_1_4b")
   with pytest.raises(ValueError, match="unknown size 'huge'.*pocket"):
     math.get_config("huge")
 
@@ -75,6 +73,13 @@ def test_sizes_that_are_not_there():
     ("run.seed", 2**70, r"run.seed = "),
     ("run.steps", -1, r"run.steps = -1"),
     ("model.update_rule", "oja", r"update_rule = 'oja': one of .*kda"),
+    ("model.sliding_window", -1, r"sliding_window = -1: .*at least 0"),
+    ("model.pattern", ((("swa",), 1),), r"sliding_window = 0: .*'swa' blocks"),
+    ("model.generator_reduction", 0, r"generator_reduction = 0"),
+    ("model.loops", 0, r"model.loops = 0: must be at least 1"),
+    ("optimizer.trainable", "(", r"trainable = '\(': .*regular expression"),
+    ("first_stage.steps", 2000, r"steps = 2000: .*run.steps = 1000"),
+    ("first_stage.eviction", "none", r"first_stage.eviction = 'none'"),
     ("task.name", "chess", r"task.name = 'chess': one of .*rule110"),
     ("task.ops", (9,), r"task.ops = \(9,\)"),
   ],
@@ -139,7 +144,7 @@ def run_tiny(*arguments, **options):
     (["sleep.passes=4"], ["sleep.passes=4", "--config.LEAF"]),
     (["--workdir=README.md/x"], ["README.md/x", "--workdir"]),
     (["--config.data.path=missing.jsonl"], ["missing.jsonl"]),
-    (["--config=experiments/math.py:ouro_1_4b"], ["ouro_1_4b", "not there"]),
+    (["--config=experiments/math.py:ouro_1_4b"], ["ouro_1_4b/tokenizer.json"]),
     (["--config=experiments/math.py:huge"], ["unknown size 'huge'"]),
     (["--config.data.length=65"], ["length = 65", "at least 66"]),
   ],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import automaton
+from sleep_jax.config import FirstStageConfig
 from sleep_jax.data.tokenizers import make_tokenizer
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.tasks import make_task
@@ -271,3 +272,41 @@ def test_sampled_passes_are_drawn_anew_and_reproducibly():
   assert drawn == [int(draw_passes(config, step)) for step in range(1, 200)]
   assert set(drawn) == {1, 2, 3} and 45 < drawn.count(2) < 90
   assert {int(draw_passes(CONFIG, step)) for step in range(9)} == {2}
+
+
+@pytest.mark.slow
+def test_a_first_stage_trains_new_layers_alone_and_resumes(tmp_path):
+  """Stopped at the boundary, a run ends with the bits that it ends with."""
+  config = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(
+      CONFIG.model, pattern=((("attn", "inserted_jet"), 1),)
+    ),
+    sleep=dataclasses.replace(CONFIG.sleep, eviction="sliding"),
+    first_stage=FirstStageConfig(steps=2),
+    run=dataclasses.replace(CONFIG.run, steps=4),
+  )
+  first, second = config.at_step(2), config.at_step(3)
+  assert first.sleep.eviction == "hard" and second == config
+  loop.train(config, tmp_path)
+  task = make_task(config.task, "", 0, len)
+  size = make_tokenizer("words", task.vocabulary, "").vocab_size
+  start = init_params(HybridLM(config.model, size), config.run.seed)
+
+  def moved(one, other):
+    return {
+      jax.tree_util.keystr(path, simple=True, separator="/")
+      for (path, x), y in zip(
+        jax.tree.leaves_with_path(one), jax.tree.leaves(other), strict=True
+      )
+      if not np.array_equal(x, y)
+    }
+
+  whole = final_params(tmp_path, config)
+  shutil.rmtree(tmp_path / "checkpoints" / "4")
+  boundary = final_params(tmp_path, config)
+  assert moved(start, boundary)
+  assert all("inserted_jet" in name for name in moved(start, boundary))
+  assert not all("inserted_jet" in name for name in moved(boundary, whole))
+  loop.train(config, tmp_path)
+  assert equal(final_params(tmp_path, config), whole)

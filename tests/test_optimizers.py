@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from sleep_jax.config import ModelConfig, OptimizerConfig
 from sleep_jax.model.hybrid_lm import HybridLM
@@ -153,3 +154,37 @@ def test_gradients_are_clipped_together():
   np.testing.assert_allclose(
     moments["head"]["kernel"], 0.1 * 1e-6 / size**0.5, rtol=1e-4
   )
+
+
+def test_what_is_not_trained_stays_and_has_no_state():
+  """Not even weight decay or a share of the clipped norm."""
+  config = dataclasses.replace(
+    OptimizerConfig(), weight_decay=0.5, trainable="gdn_1/mixer/|head"
+  )
+  start = params()
+  optimizer = optimizers.optimizer(config, 10)
+  gradients = jax.tree.map(jnp.ones_like, start)
+  state = optimizer.init(start)
+  updates, _ = jax.jit(optimizer.update)(gradients, state, start)
+  moved = {
+    "/".join(entry.key for entry in path)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates)
+    if np.any(update)
+  }
+  assert "group_0/gdn_1/mixer/A_log" in moved and "head/kernel" in moved
+  assert all("gdn_1/mixer/" in name or "head/" in name for name in moved)
+  whole = optimizers.optimizer(OptimizerConfig(), 10).init(start)
+  sizes = [sum(x.size for x in jax.tree.leaves(s)) for s in (state, whole)]
+  assert sizes[0] < 0.6 * sizes[1]
+  only = optimizers.only(gradients, config.trainable)
+  assert {bool(np.any(x)) for x in jax.tree.leaves(only)} == {True, False}
+  assert np.all(only["head"]["kernel"] == 1)
+  with pytest.raises(ValueError, match="'jet'.*finds no parameter"):
+    optimizers.learns(start, "jet")
+
+
+def test_biases_are_no_matrices():
+  config = dataclasses.replace(MODEL, attention_bias=True)
+  shapes = jax.eval_shape(lambda: init_params(HybridLM(config, 11), 0))
+  labels = optimizers.labels(shapes)["group_0"]["attn_0"]["mixer"]["q_proj"]
+  assert labels == {"kernel": "muon", "bias": "adamw"}

@@ -133,11 +133,55 @@ MIDDLE = dataclasses.replace(
   CONFIG,
   pattern=((("gdn", "attn"), 1), (("attn", "gdn"), 1), (("gdn", "attn"), 1)),
 )
+# The kinds and settings of pretrained models, in small.
+JET_NEMOTRON = dataclasses.replace(
+  CONFIG,
+  pattern=((("swa",), 1), (("jet", "attn"), 1), (("jet", "swa"), 1)),
+  attention_bias=True,
+  sliding_window=2,
+  generator_reduction=2,
+  tied_head=True,
+)
+OURO = dataclasses.replace(
+  CONFIG,
+  pattern=((("attn", "inserted_jet"), 1),),
+  generator_reduction=2,
+  sandwich_norms=True,
+  norm_in_loop=True,
+)
 
 
 @pytest.mark.parametrize(
   "config, sleep, dtype, tolerance",
   [
+    pytest.param(
+      JET_NEMOTRON,
+      sleep_config(2, looped_groups=(1, 2)),
+      *("float64", 1e-12),
+      id="jet nemotron",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      JET_NEMOTRON,
+      sleep_config(1, eviction="sliding", carry_convolution=True),
+      *("float64", 1e-12),
+      id="jet nemotron, sliding",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      OURO,
+      sleep_config(2, eviction="sliding"),
+      *("float64", 1e-12),
+      id="ouro with jet layers",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      dataclasses.replace(OURO, loops=2),
+      sleep_config(2, eviction="sliding", carry_convolution=True),
+      *("float64", 1e-12),
+      id="ouro with jet layers and loops of its own",
+      marks=pytest.mark.slow,
+    ),
     pytest.param(
       *(CONFIG, sleep_config(1), "float64", 1e-12), marks=pytest.mark.slow
     ),
@@ -278,8 +322,8 @@ def test_each_row_gets_what_it_would_get_alone():
       if ROWS_END_AWAKE[row]:
         for result, at in ((together, row), (alone, 0)):
           for mine, theirs in (
-            (result.memory.state[0][1][0, at], states[0, 0, 1]),
-            (result.memory.state[0][1][1, at], states[0, 1, 1]),
+            (result.memory.state[0][1][0, at], states[0, 0, 1, 0]),
+            (result.memory.state[0][1][1, at], states[0, 1, 1, 0]),
           ):
             np.testing.assert_allclose(mine, theirs, atol=1e-12)
 

@@ -179,7 +179,7 @@ def naive_stream(params, tokens, passes):
     (CONFIG.fast_weight_heads, CONFIG.key_dim, CONFIG.value_dim)
   )
   states = {
-    (g, r, j): zeros
+    (g, r, j, 0): zeros
     for g, (kinds, repeats) in enumerate(CONFIG.pattern)
     for r in range(repeats)
     for j in range(len(kinds))
@@ -218,7 +218,7 @@ def test_streaming_is_the_naive_loop(hard, passes):
       np.testing.assert_allclose(state.logits[b], logits[t], atol=1e-12)
   for b, (_, states) in enumerate(expected):
     mine = state.start.state[0][1][:, b]
-    assert_close([mine[0], mine[1]], [states[0, 0, 1], states[0, 1, 1]])
+    assert_close([mine[0], mine[1]], [states[0, 0, 1, 0], states[0, 1, 1, 0]])
     assert np.abs(mine).max() > 0.1
 
 

@@ -177,7 +177,7 @@ def test_one_pass_with_sliding_eviction_is_a_sliding_window_hybrid():
       )
   np.testing.assert_allclose(mine.loss_sum, loss, rtol=1e-12)
   np.testing.assert_allclose(
-    mine.memory.state[0][1][0, 0], states[0, 0, 1], atol=1e-12
+    mine.memory.state[0][1][0, 0], states[0, 0, 1, 0], atol=1e-12
   )
 
 

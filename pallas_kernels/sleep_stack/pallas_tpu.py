@@ -668,6 +668,11 @@ def cannot_serve(config: ModelConfig, params, batch, length) -> str | None:
     return f"the compute dtype is {config.compute_dtype}"
   if others := {k for kinds, _ in config.pattern for k in kinds} - KINDS:
     return f"the pattern has {sorted(others)}: the kernel has {sorted(KINDS)}"
+  for name in ("attention_bias", "sandwich_norms", "norm_in_loop"):
+    if getattr(config, name):
+      return f"model.{name} is set"
+  if config.loops > 1:
+    return f"model.loops is {config.loops}"
   if config.width > MAX_WIDTH or length > MAX_LENGTH:
     return (
       f"D = {config.width} and L = {length}: at most {MAX_WIDTH} and "

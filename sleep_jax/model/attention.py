@@ -29,12 +29,15 @@ _BLOCKS = (
 class Attention(nn.Module):
   """Causal attention in a window, rotary positions, grouped-query heads.
 
+  With `sliding` a token sees at most `model.sliding_window` tokens of it.
+
   Paper, equation (2). Without a cache, keys and values live for this call
   alone: a later window sees nothing of them. With one, the call's tokens see
   what it holds as far as `places` lets them, and go into it.
   """
 
   config: ModelConfig
+  sliding: bool = False
 
   @nn.compact
   def __call__(
@@ -44,7 +47,8 @@ class Attention(nn.Module):
     head_dim = config.width // config.attention_heads
 
     def heads(name, count):
-      y = layers.dense(config, count * head_dim, name)(x)
+      bias = config.attention_bias
+      y = layers.dense(config, count * head_dim, name, use_bias=bias)(x)
       return y.reshape(*x.shape[:2], count, head_dim)
 
     def turned(x, position):
@@ -66,7 +70,11 @@ class Attention(nn.Module):
       seen = jax.tree.map(
         lambda x, y: jnp.concatenate([x, y], axis=1), cache, own
       )
-    y = attend(q, seen, places).reshape(*x.shape[:2], config.width)
+    near = places
+    if self.sliding:
+      length = min(places.window_length, config.sliding_window)
+      near = places.replace(window_length=length)
+    y = attend(q, seen, near).reshape(*x.shape[:2], config.width)
     if cache is not None and places.replaces_cache:
       after = places.position - places.window_length
       cache = KeyValueCache(turned(unturned, after), v)

@@ -1,31 +1,54 @@
 """A block: a sequence mixer and an MLP, each with norm and residual (4)(5)."""
 
+import functools
+
 import flax.linen as nn
 
 from sleep_jax.array_types import Hidden
 from sleep_jax.config import ModelConfig
 from sleep_jax.model import layers
 from sleep_jax.model.attention import Attention
-from sleep_jax.model.fast_weights import GatedDeltaNet
+from sleep_jax.model.fast_weights import GatedDeltaNet, JetLayer
 from sleep_jax.model.places import Places
 
-MIXERS = {"attn": Attention, "gdn": GatedDeltaNet}
+MIXERS = {
+  "attn": Attention,
+  "swa": functools.partial(Attention, sliding=True),
+  "gdn": GatedDeltaNet,
+  "jet": JetLayer,
+  # What it adds is zero before the first step. A norm of that zero would have
+  # a gradient of norm_eps**-0.5, so it has none.
+  "inserted_jet": functools.partial(
+    JetLayer, output_init=nn.initializers.zeros
+  ),
+}
 
 
 class Block(nn.Module):
-  """(h, state, cache) -> (h, state, cache) for one kind of mixer."""
+  """(h, state, cache) -> (h, state, cache) for one kind of mixer.
+
+  With `model.sandwich_norms` what is added to h is normed too. An inserted
+  layer is a mixer alone.
+  """
 
   config: ModelConfig
   kind: str
 
   @nn.compact
   def __call__(self, h: Hidden, state, cache, places: Places):
+
+    def norm(name):
+      return layers.norm(self.config, name)
+
+    sandwich = self.config.sandwich_norms
     mixer = MIXERS[self.kind](self.config, name="mixer")
-    x = layers.norm(self.config, "mixer_norm")(h)
-    y, state, cache = mixer(x, state, cache, places)
-    h = h + y
-    mlp = layers.SwiGLU(self.config, name="mlp")
-    return h + mlp(layers.norm(self.config, "mlp_norm")(h)), state, cache
+    y, state, cache = mixer(norm("mixer_norm")(h), state, cache, places)
+    if self.kind == "inserted_jet":
+      return h + y, state, cache
+    h = h + (norm("mixer_output_norm")(y) if sandwich else y)
+    y = layers.SwiGLU(self.config, name="mlp")(norm("mlp_norm")(h))
+    h = h + (norm("mlp_output_norm")(y) if sandwich else y)
+    return h, state, cache
 
 
 class Group(nn.Module):

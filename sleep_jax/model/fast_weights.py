@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sleep_jax.array_types import FastWeights, Hidden
-from sleep_jax.config import ModelConfig
+from sleep_jax.config import ATTENTION, ModelConfig
 from sleep_jax.model import layers
 from sleep_jax.model.places import Places
 from sleep_jax.model.update_rules import UPDATE_RULES
@@ -25,15 +26,16 @@ def init_fast_weights(config: ModelConfig, batch_size: int):
   """The start state of `HybridLM`: zeros (paper, Algorithm 1, line 1).
 
   A tuple over the pattern's groups of tuples over a group's blocks: None for
-  attention, [R, B, H, K, V] for fast weights, in the parameters' dtype.
+  attention, [R, B, H, K, V] for fast weights, in the parameters' dtype. With
+  `model.loops` the first axis is as in `places.init_cache`.
   """
   _, dtype = layers.dtypes(config)
 
   def state(kind, repeats):
-    if kind == "attn":
+    if kind in ATTENTION:
       return None
     shape = (config.fast_weight_heads, config.key_dim, config.value_dim)
-    return jnp.zeros((repeats, batch_size, *shape), dtype)
+    return jnp.zeros((config.loops * repeats, batch_size, *shape), dtype)
 
   return tuple(
     tuple(state(kind, repeats) for kind in kinds)
@@ -70,6 +72,8 @@ class GatedDeltaNet(nn.Module):
   """
 
   config: ModelConfig
+  # Start values of the last projection.
+  output_init: Callable = nn.initializers.lecun_normal()
 
   @nn.compact
   def __call__(
@@ -79,7 +83,6 @@ class GatedDeltaNet(nn.Module):
     heads, batch_and_length = config.fast_weight_heads, x.shape[:2]
     compute, parameters = layers.dtypes(config)
 
-    # One convolution over q | k | v; padding reaches it as zeros.
     projected = [
       layers.dense(config, heads * dim, f"{name}_proj")(x)
       for name, dim in (
@@ -88,19 +91,8 @@ class GatedDeltaNet(nn.Module):
         ("v", config.value_dim),
       )
     ]
-    mixed, history = layers.ShortConvolution(
-      config.convolution_size, parameters, name="qkv_conv"
-    )(
-      layers.clear_padding(jnp.concatenate(projected, -1), valid),
-      history,
-      valid,
-    )
-    q, k, v = (
-      y.reshape(*batch_and_length, heads, -1)
-      for y in jnp.split(
-        mixed, [heads * config.key_dim, 2 * heads * config.key_dim], axis=-1
-      )
-    )
+    mixed, history = self._convolve(x, *projected, history, valid)
+    q, k, v = (y.reshape(*batch_and_length, heads, -1) for y in mixed)
     q, k = l2_normalise(q), l2_normalise(k)
     beta = jax.nn.sigmoid(layers.dense(config, heads, "b_proj")(x))
     rule = UPDATE_RULES[config.update_rule]
@@ -126,7 +118,23 @@ class GatedDeltaNet(nn.Module):
       name="o_norm",
     )(o)
     o = o.reshape(gate.shape) * jax.nn.silu(gate)
-    return layers.dense(config, config.width, "o_proj")(o), state, history
+    project = layers.dense(
+      config, config.width, "o_proj", kernel_init=self.output_init
+    )
+    return project(o), state, history
+
+  def _convolve(self, x: Hidden, q, k, v, history, valid):
+    """((q, k, v), history): one convolution over q | k | v."""
+    _, parameters = layers.dtypes(self.config)
+    width = q.shape[-1]
+    mixed, history = layers.ShortConvolution(
+      self.config.convolution_size, parameters, name="qkv_conv"
+    )(
+      layers.clear_padding(jnp.concatenate([q, k, v], -1), valid),
+      history,
+      valid,
+    )
+    return jnp.split(mixed, [width, 2 * width], axis=-1), history
 
   def _log_decay(self, x: Hidden, kind: str):
     """g = -exp(A_log) softplus(a_proj x + dt_bias), as an `UpdateRule` asks."""
@@ -145,3 +153,14 @@ class GatedDeltaNet(nn.Module):
       time_step = projected.reshape(time_step.shape).astype(parameters)
     rate = jnp.exp(decay_rate).reshape(1, 1, heads, *(1 for _ in channels))
     return -rate * jax.nn.softplus(time_step + time_bias[None, None])
+
+
+class JetLayer(GatedDeltaNet):
+  """Jet-Nemotron's: a dynamic convolution on v, none on q and k."""
+
+  def _convolve(self, x: Hidden, q, k, v, history, valid):
+    """((q, k, v), history): SiLU of q and k, taps for v made from x."""
+    v, history = layers.DynamicConvolution(self.config, name="v_conv")(
+      layers.clear_padding(v, valid), x, history, valid
+    )
+    return (jax.nn.silu(q), jax.nn.silu(k), v), history

@@ -36,12 +36,12 @@ def _product_backward(residuals, dy):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def dense(config: ModelConfig, features: int, name: str):
-  """A linear layer without bias, in the config's dtypes."""
+def dense(config: ModelConfig, features: int, name: str, **options):
+  """A linear layer in the config's dtypes, without bias unless asked for."""
   compute, parameters = dtypes(config)
   return nn.Dense(
     features,
-    use_bias=False,
+    **{"use_bias": False, **options},
     dtype=compute,
     param_dtype=parameters,
     dot_general=lambda x, kernel, *_, **__: _product(x, kernel),
@@ -76,9 +76,8 @@ def rotary(x, position, theta):
 class ShortConvolution(nn.Module):
   """Causal depthwise convolution, then SiLU.
 
-  The kernel is [taps, channels]; its last tap meets the current token. Before
-  the first token stands `history` [B, taps - 1, channels], or zeros; with a
-  history, the one after the last valid token is returned too.
+  The kernel is [taps, channels]; its last tap meets the current token. What
+  stands before the first token and what is kept for the next call: `shifts`.
   """
 
   taps: int
@@ -93,20 +92,59 @@ class ShortConvolution(nn.Module):
       (self.taps, x.shape[-1]),
       self.param_dtype,
     ).astype(x.dtype)
-    length = x.shape[1]
-    before = self.taps - 1
-    if history is None:
-      padded = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
-    else:
-      padded = jnp.concatenate([history, x], axis=1)
-      after = jnp.max(valid * jnp.arange(1, length + 1)[None], axis=1)
-      index = after[:, None, None] + jnp.arange(before)[None, :, None]
-      history = jnp.take_along_axis(padded, index, axis=1)
-    y = sum(
-      kernel[tap][None, None] * padded[:, tap : tap + length]
-      for tap in range(self.taps)
-    )
+    shifted, history = shifts(x, history, valid, self.taps)
+    y = sum(kernel[tap][None, None] * shifted[tap] for tap in range(self.taps))
     return jax.nn.silu(y), history
+
+
+class DynamicConvolution(nn.Module):
+  """Causal depthwise convolution with taps made for each token, then SiLU.
+
+  kernel_t = W2 silu(W1 x_t) + b2, of the *output's* token; its last tap meets
+  the current token. History as in `ShortConvolution`.
+
+  With W1 and W2 both at zero neither would ever have a gradient. Here W2 alone
+  starts there, and b2 as the taps of a `ShortConvolution`: the layer starts as
+  one, and learns to depart from it.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, u, x: Hidden, history, valid: Mask):
+    """(convolved u [B, T, channels], history after it); x makes the taps."""
+    config, channels = self.config, u.shape[-1]
+    taps = config.convolution_size
+    hidden = dense(config, channels // config.generator_reduction, "w1_proj")(x)
+    kernel = dense(
+      config,
+      channels * taps,
+      "w2_proj",
+      use_bias=True,
+      kernel_init=nn.initializers.zeros,
+      bias_init=nn.initializers.normal(taps**-0.5),
+    )(jax.nn.silu(hidden)).reshape(*u.shape, taps)
+    shifted, history = shifts(u, history, valid, taps)
+    y = sum(kernel[..., tap] * shifted[tap] for tap in range(taps))
+    return jax.nn.silu(y), history
+
+
+def shifts(x: Hidden, history, valid: Mask, taps: int):
+  """(x moved back by taps - 1, ..., 1, 0 tokens; history after it).
+
+  Before the first token stands `history` [B, taps - 1, channels], or zeros;
+  the one after it ends with the last valid token.
+  """
+  length = x.shape[1]
+  before = taps - 1
+  if history is None:
+    padded = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
+  else:
+    padded = jnp.concatenate([history, x], axis=1)
+    after = jnp.max(valid * jnp.arange(1, length + 1)[None], axis=1)
+    index = after[:, None, None] + jnp.arange(before)[None, :, None]
+    history = jnp.take_along_axis(padded, index, axis=1)
+  return [padded[:, tap : tap + length] for tap in range(taps)], history
 
 
 class SwiGLU(nn.Module):

@@ -6,7 +6,7 @@ import flax.struct
 import jax.numpy as jnp
 
 from sleep_jax.array_types import Mask, Positions, Slots
-from sleep_jax.config import ModelConfig
+from sleep_jax.config import ATTENTION, ModelConfig
 from sleep_jax.model import layers
 
 # The position of a cache slot that holds nothing: out of every window.
@@ -79,20 +79,23 @@ def init_cache(config: ModelConfig, batch_size: int, slots: int, history: bool):
 
   A tuple over the pattern's groups of tuples over a group's blocks: for
   attention a `KeyValueCache` of [R, B, slots, heads, d], None without slots;
-  for fast weights the history of the short convolution [R, B, taps - 1,
-  channels], None without `history`. In the compute dtype.
+  for fast weights the history of the convolution [R, B, taps - 1, channels],
+  None without `history`. In the compute dtype. With `model.loops` the first
+  axis holds the repeats of the first loop, then those of the second.
   """
   compute, _ = layers.dtypes(config)
 
   def cache(kind, repeats):
-    if kind == "attn":
+    repeats *= config.loops
+    if kind in ATTENTION:
       head_dim = config.width // config.attention_heads
       shape = (repeats, batch_size, slots, config.key_value_heads, head_dim)
       zeros = jnp.zeros(shape, compute)
       return KeyValueCache(zeros, zeros) if slots else None
-    channels = config.fast_weight_heads * (
-      2 * config.key_dim + config.value_dim
-    )
+    convolved = config.value_dim
+    if kind == "gdn":
+      convolved += 2 * config.key_dim
+    channels = config.fast_weight_heads * convolved
     shape = repeats, batch_size, config.convolution_size - 1, channels
     return jnp.zeros(shape, compute) if history else None
 

@@ -26,6 +26,7 @@ from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 PyTree: TypeAlias = Any
 
 _COMMIT_FILE = "commit_success.txt"
+_EXPORTED_FILE_BYTES = 100_000_000
 
 
 class Checkpoints:
@@ -227,7 +228,8 @@ def restore_params(path: str | os.PathLike, params_like: PyTree) -> PyTree:
   Args:
     path: what `export_params` wrote, one step's folder, a checkpoints folder
       or a workdir (the last two: their newest finished step).
-    params_like: arrays or `jax.ShapeDtypeStruct`s.
+    params_like: arrays or `jax.ShapeDtypeStruct`s. What is stored in a
+      narrower dtype, as pretrained models are in bfloat16, is widened.
 
   Raises:
     ValueError: nothing finished and readable is there, or names, shapes or
@@ -242,6 +244,17 @@ def restore_params(path: str | os.PathLike, params_like: PyTree) -> PyTree:
     ) from error
 
 
+def stored_dtypes(path: str | os.PathLike) -> dict[str, np.dtype]:
+  """Dtypes of the parameters at `path` (as `restore_params`), by their paths.
+
+  Raises:
+    ValueError: nothing finished and readable is there.
+  """
+  folder = _params_folder(epath.Path(path).absolute())
+  metadata = ocp.StandardCheckpointHandler().metadata(folder)
+  return {name: np.dtype(x.dtype) for name, x in metadata.tree.items()}
+
+
 def export_params(path: str | os.PathLike, params: PyTree) -> None:
   """Writes the parameters alone to a new folder, for `restore_params`.
 
@@ -252,9 +265,18 @@ def export_params(path: str | os.PathLike, params: PyTree) -> None:
   folder = epath.Path(path).absolute()
   if folder.exists():
     raise ValueError(f"{path} exists: choose another path, or delete it")
-  items = _save_arguments(params)
+  saved = _save_arguments(params)
+  # Else all that is written, compressed, is held in memory until the end.
+  items = ocp.args.PyTreeSave(
+    saved.item,
+    custom_metadata=saved.custom_metadata,
+    ocdbt_target_data_file_size=_EXPORTED_FILE_BYTES,
+  )
+  handler = ocp.PyTreeCheckpointHandler(
+    save_device_host_concurrent_gb=1, is_prioritized_key_fn=lambda _: False
+  )
   try:
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(handler) as checkpointer:
       checkpointer.save(folder, args=items)
   except Exception as error:
     raise OSError(
@@ -291,7 +313,12 @@ def _read(folder: epath.Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
   _check_same_arrays(metadata.tree, like_by_name)
   arrays = handler.restore(
     folder,
-    args=ocp.args.StandardRestore(jax.tree.map(_with_sharding, like_by_name)),
+    args=ocp.args.StandardRestore(
+      {
+        name: _with_sharding(leaf, metadata.tree[name].dtype)
+        for name, leaf in like_by_name.items()
+      }
+    ),
   )
   saved = metadata.custom_metadata
   if saved is None:
@@ -299,7 +326,9 @@ def _read(folder: epath.Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
   for name, checksum in _checksums(arrays).items():
     if checksum != saved["checksums"][name]:
       raise ValueError(f"{name} is corrupt: its checksum is not the saved one")
-  leaves = [arrays[name] for name in like_by_name]
+  leaves = [
+    arrays.pop(name).astype(leaf.dtype) for name, leaf in like_by_name.items()
+  ]
   return jax.tree.unflatten(jax.tree.structure(like), leaves), saved
 
 
@@ -322,24 +351,31 @@ def _check_same_arrays(there: dict[str, Any], like: dict[str, Any]) -> None:
     array = arrays[name]
     return f"{np.dtype(array.dtype).name}{list(array.shape)}"
 
+  def widened(name: str) -> bool:
+    was, wanted = there[name], like[name]
+    wider = jnp.promote_types(was.dtype, wanted.dtype) == wanted.dtype
+    floats = jnp.issubdtype(was.dtype, jnp.floating)
+    return was.shape == wanted.shape and wider and floats
+
   for name in sorted(there | like):
     was, wanted = describe(there, name), describe(like, name)
-    if was != wanted:
+    if was != wanted and not (name in there and name in like and widened(name)):
       raise ValueError(f"{name} is {was} there, but the model's is {wanted}")
 
 
-def _with_sharding(leaf: Any) -> Any:
+def _with_sharding(leaf: Any, dtype: Any) -> Any:
+  """What to restore for `leaf`, in the dtype that is stored."""
   if isinstance(leaf, np.ndarray):
-    return leaf
+    return np.empty(leaf.shape, dtype)
   sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(
     jax.local_devices()[0]
   )
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
 
 def _checksums(arrays: dict[str, Any]) -> dict[str, Any]:
-  sums = jax.device_get({n: _checksum(array) for n, array in arrays.items()})
-  return {name: int(checksum) for name, checksum in sums.items()}
+  # One at a time: each may take as much memory again as its array.
+  return {name: int(_checksum(array)) for name, array in arrays.items()}
 
 
 @jax.jit

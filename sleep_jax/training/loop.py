@@ -121,7 +121,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
     path, dataclasses.asdict(config), jax.process_index()
   )
   with Preemption() as preemption, jax.set_mesh(mesh):
-    train_step = make_train_step(model, optimizer, config)
+    make_step = functools.partial(make_train_step, model, optimizer)
     predict = make_predict(model, config)
 
     def judge(params, share: int = 1):
@@ -151,7 +151,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
       ) as writer:
         if start < run.steps:
           state = _steps(
-            *(model, config, start, state, train_step, batches),
+            *(model, config, start, state, make_step, batches),
             *(judge, saved, writer, preemption),
           )
         results, metrics = judge(state.params)
@@ -170,7 +170,7 @@ def _steps(
   config,
   start,
   state,
-  train_step,
+  make_step,
   batches,
   judge,
   saved,
@@ -186,9 +186,11 @@ def _steps(
       batch = sharding.place(next(batches))
       lines.waited += time.perf_counter() - before
       arguments = state, batch, draw_passes(config, step)
+      now = config.at_step(step)
       if compiled is None:
         lines.flops = model_flops(model, config, state.params, batch)
-        compiled = train_step.lower(*arguments).compile()
+      if compiled is None or now != config.at_step(step - 1):
+        compiled = make_step(now).lower(*arguments).compile()
         seconds = time.perf_counter() - before
         logging.info("compiled in %.1f s: %s", seconds, memory_table(compiled))
         lines.skip(seconds)

@@ -1,5 +1,8 @@
 """Muon for matrices, AdamW for the rest, one warmup-stable-decay schedule."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,19 +14,53 @@ ADAMW_BETAS = (0.9, 0.95)
 FINAL_RATE = 1e-3  # of the peak
 
 
-def labels(params):
-  """A tree of "muon" and "adamw": who updates which parameter.
+def learns(params, trainable: str):
+  """A tree of bools: which parameters `optimizer.trainable` finds.
+
+  Raises:
+    ValueError: none.
+  """
+  found = jax.tree_util.tree_map_with_path(
+    lambda path, _: bool(
+      re.search(
+        trainable, jax.tree_util.keystr(path, simple=True, separator="/")
+      )
+    ),
+    params,
+  )
+  if not any(jax.tree.leaves(found)):
+    raise ValueError(
+      f"optimizer.trainable, or first_stage's, is {trainable!r}: it finds no "
+      "parameter, as group_0/attn_0/mixer/q_proj/kernel is one"
+    )
+  return found
+
+
+def only(tree, trainable: str):
+  """`tree`, like parameters, with zeros for what does not learn."""
+  return jax.tree.map(
+    lambda x, learns: x if learns else jnp.zeros_like(x),
+    tree,
+    learns(tree, trainable),
+  )
+
+
+def labels(params, trainable: str = ""):
+  """A tree of "muon", "adamw" and "frozen": who updates which parameter.
 
   Muon takes the kernels of the linear layers inside blocks (`*_proj`). AdamW
-  takes the embedding, the head, norms, A_log, dt_bias and the depthwise
+  takes the embedding, the head, norms, biases, A_log, dt_bias and the depthwise
   convolutions, which are no matrices: each channel has taps of its own.
   """
 
-  def label(path, _):
-    names = [entry.key for entry in path]
-    return "muon" if names[-2].endswith("_proj") else "adamw"
+  def label(path, learns):
+    if not learns:
+      return "frozen"
+    layer, name = (entry.key for entry in path[-2:])
+    matrix = layer.endswith("_proj") and name == "kernel"
+    return "muon" if matrix else "adamw"
 
-  return jax.tree_util.tree_map_with_path(label, params)
+  return jax.tree_util.tree_map_with_path(label, learns(params, trainable))
 
 
 def schedule(config, steps: int):
@@ -109,7 +146,10 @@ def scale_by_shape(updates, _):
 
 
 def optimizer(config, steps: int) -> optax.GradientTransformation:
-  """The whole update of an `OptimizerConfig` over `steps` steps."""
+  """The whole update of an `OptimizerConfig` over `steps` steps.
+
+  What is not trained has no optimizer state.
+  """
   multiplier = schedule(config, steps)
 
   def rate(peak):
@@ -133,7 +173,10 @@ def optimizer(config, steps: int) -> optax.GradientTransformation:
   )
   whole = optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
-    optax.partition({"muon": muon, "adamw": adamw}, labels),
+    optax.partition(
+      {"muon": muon, "adamw": adamw, "frozen": optax.set_to_zero()},
+      functools.partial(labels, trainable=config.trainable),
+    ),
   )
   if config.skipped_steps:
     return optax.apply_if_finite(whole, config.skipped_steps)

@@ -19,6 +19,7 @@ from sleep_jax.parallel import sharding
 from sleep_jax.parallel.sharding import ROWS, constrain, constrain_like
 from sleep_jax.rollout import Rollout, rollout
 from sleep_jax.sleep import Slept, row_norm, sleep, sleep_until
+from sleep_jax.training import optimizers
 from sleep_jax.training.checkpoints import restore_params
 
 
@@ -148,7 +149,9 @@ def make_train_step(
 ):
   """(state, batch, passes) -> (state, metrics), jitted.
 
-  The old state is consumed; `passes` are those of `draw_passes`.
+  The old state is consumed; `passes` are those of `draw_passes`. Under a config
+  of `ExperimentConfig.at_step` only what this trains is changed, whatever the
+  optimizer, which is that of the whole run, would do.
 
   The loss is the mean cross-entropy (nats) over the batch's masked places,
   also where the batch is cut into `optimizer.accumulation_steps` parts. The
@@ -198,9 +201,12 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch, passes):
     gradients, loss, right, norms = accumulate(state.params, batch, passes)
     count, rows = jnp.sum(batch.loss_mask), batch.inputs.shape[0]
+    trainable = config.optimizer.trainable
     gradients = jax.tree.map(lambda x: x / count, gradients)
+    gradients = optimizers.only(gradients, trainable)
     with jax.named_scope("optimizer"):
       updates, new = optimizer.update(gradients, state.optimizer, state.params)
+      updates = optimizers.only(updates, trainable)
       params = optax.apply_updates(state.params, updates)
     optimizer_state: Any = new
     # Of the gradient's leaves, then of the new parameters'.

@@ -1,0 +1,1 @@
+"""Pretrained models: Hugging Face folders in, and out again."""
