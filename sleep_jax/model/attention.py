@@ -1,5 +1,6 @@
 """Attention inside a window: what sleep evicts."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -73,7 +74,7 @@ class Attention(nn.Module):
     near = places
     if self.sliding:
       length = min(places.window_length, config.sliding_window)
-      near = places.replace(window_length=length)
+      near = dataclasses.replace(places, window_length=length)
     y = attend(q, seen, near).reshape(*x.shape[:2], config.width)
     if cache is not None and places.replaces_cache:
       after = places.position - places.window_length

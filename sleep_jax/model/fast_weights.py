@@ -91,7 +91,7 @@ class GatedDeltaNet(nn.Module):
         ("v", config.value_dim),
       )
     ]
-    mixed, history = self._convolve(x, *projected, history, valid)
+    mixed, history = self._convolve(x, projected, history, valid)
     q, k, v = (y.reshape(*batch_and_length, heads, -1) for y in mixed)
     q, k = l2_normalise(q), l2_normalise(k)
     beta = jax.nn.sigmoid(layers.dense(config, heads, "b_proj")(x))
@@ -123,14 +123,14 @@ class GatedDeltaNet(nn.Module):
     )
     return project(o), state, history
 
-  def _convolve(self, x: Hidden, q, k, v, history, valid):
+  def _convolve(self, x: Hidden, projected, history, valid) -> Any:
     """((q, k, v), history): one convolution over q | k | v."""
     _, parameters = layers.dtypes(self.config)
-    width = q.shape[-1]
+    width = projected[0].shape[-1]
     mixed, history = layers.ShortConvolution(
       self.config.convolution_size, parameters, name="qkv_conv"
     )(
-      layers.clear_padding(jnp.concatenate([q, k, v], -1), valid),
+      layers.clear_padding(jnp.concatenate(projected, -1), valid),
       history,
       valid,
     )
@@ -158,8 +158,9 @@ class GatedDeltaNet(nn.Module):
 class JetLayer(GatedDeltaNet):
   """Jet-Nemotron's: a dynamic convolution on v, none on q and k."""
 
-  def _convolve(self, x: Hidden, q, k, v, history, valid):
+  def _convolve(self, x: Hidden, projected, history, valid) -> Any:
     """((q, k, v), history): SiLU of q and k, taps for v made from x."""
+    q, k, v = projected
     v, history = layers.DynamicConvolution(self.config, name="v_conv")(
       layers.clear_padding(v, valid), x, history, valid
     )

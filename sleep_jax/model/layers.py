@@ -1,5 +1,7 @@
 """Layers that every block shares."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -36,12 +38,19 @@ def _product_backward(residuals, dy):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def dense(config: ModelConfig, features: int, name: str, **options):
+def dense(
+  config: ModelConfig,
+  features: int,
+  name: str,
+  use_bias: bool = False,
+  **options: Any,
+):
   """A linear layer in the config's dtypes, without bias unless asked for."""
   compute, parameters = dtypes(config)
   return nn.Dense(
     features,
-    **{"use_bias": False, **options},
+    use_bias=use_bias,
+    **options,
     dtype=compute,
     param_dtype=parameters,
     dot_general=lambda x, kernel, *_, **__: _product(x, kernel),

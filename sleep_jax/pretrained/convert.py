@@ -103,10 +103,12 @@ def model_config(shape: hf.Shape, **leaves: Any) -> ModelConfig:
   pattern = tuple(
     ((kind,), len(list(run))) for kind, run in itertools.groupby(shape.kinds)
   )
-  settings = dict(
-    pattern=pattern, vocab_size=shape.vocab_size, loops=shape.loops
-  )
-  return ModelConfig(**{**settings, **shape.leaves, **leaves})
+  settings: dict[str, Any] = {
+    "pattern": pattern,
+    "vocab_size": shape.vocab_size,
+    "loops": shape.loops,
+  }
+  return ModelConfig(**(settings | shape.leaves | leaves))
 
 
 def shapes(model: HybridLM) -> dict[str, Any]:
@@ -234,7 +236,7 @@ def _check_names(folder, places, tied: bool) -> None:
 def main(_):
   from experiments import main as command
 
-  given = flags.FLAGS
+  given: Any = flags.FLAGS
   try:
     config = None
     if command.CONFIG.value is not None:

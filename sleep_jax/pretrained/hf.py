@@ -92,10 +92,9 @@ class Numbers:
     # Numbers may stand there as text ("1e-5").
     try:
       right = kind(value)
-      fits = right == value or kind is float
     except (TypeError, ValueError):
-      fits = False
-    if not fits:
+      right = None
+    if right is None or (right != value and kind is not float):
       raise ValueError(
         f"{self._source}: {name} = {value!r} is no {kind.__name__}"
       )

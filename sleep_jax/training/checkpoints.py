@@ -272,9 +272,11 @@ def export_params(path: str | os.PathLike, params: PyTree) -> None:
     custom_metadata=saved.custom_metadata,
     ocdbt_target_data_file_size=_EXPORTED_FILE_BYTES,
   )
-  handler = ocp.PyTreeCheckpointHandler(
-    save_device_host_concurrent_gb=1, is_prioritized_key_fn=lambda _: False
-  )
+  few_at_a_time: Any = {
+    "save_device_host_concurrent_gb": 1,
+    "is_prioritized_key_fn": lambda _: False,
+  }
+  handler = ocp.PyTreeCheckpointHandler(**few_at_a_time)
   try:
     with ocp.Checkpointer(handler) as checkpointer:
       checkpointer.save(folder, args=items)
