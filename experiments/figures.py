@@ -227,6 +227,8 @@ def throughput(report: Mapping[str, Any], path: str | os.PathLike) -> None:
       label=label,
     )
   panels[0].set_xscale("log", base=2)
+  windows = sorted({x["window"] for x in report["cells"]})
+  panels[0].set_xticks(windows, windows)
   panels[0].set_xlabel("window length L")
   panels[0].set_ylabel("tokens per second of training")
   panels[1].set_xlabel("passes N")

@@ -82,6 +82,17 @@ def test_sizes_that_are_not_there():
     ("first_stage.eviction", "none", r"first_stage.eviction = 'none'"),
     ("task.name", "chess", r"task.name = 'chess': one of .*rule110"),
     ("task.ops", (9,), r"task.ops = \(9,\)"),
+    ("task.ops", (1.0,), r"task.ops = \(1.0,\): must be a tuple like \(1, 2"),
+    ("task.max_value", 2**30, r"task.max_value = 1073741824: use 4 .*100000"),
+    ("sleep.passes", "four", r"passes = 'four': must be a whole number"),
+    ("sleep.passes", True, r"sleep.passes = True: must be a whole number"),
+    ("sleep.passes", 2**31, r"must be a whole number below 2147483648"),
+    ("sleep.remat_passes", 1, r"remat_passes = 1: must be True or False"),
+    ("optimizer.clip_norm", "1", r"clip_norm = '1': must be a number"),
+    ("data.path", None, r"data.path = None: must be a text"),
+    ("model.pattern", "attn", r"model.pattern = 'attn': must be a tuple like"),
+    ("model.pattern", (({"attn": 1}, 2),), r"model.pattern = "),
+    ("mesh.rules", (("a{99999999999}", ()),), r"mesh.rules = "),
   ],
 )
 def test_a_bad_value_is_named(leaf, value, message):
@@ -109,6 +120,13 @@ def test_all_violations_come_in_one_error():
     from_config_dict(config)
   assert "sleep.passes" in str(error.value)
   assert "model.width" in str(error.value)
+
+
+def test_a_whole_number_serves_as_any_number():
+  config = dataclasses.asdict(ExperimentConfig())
+  config["optimizer"]["clip_norm"] = 2
+  clip_norm = from_config_dict(config).optimizer.clip_norm
+  assert clip_norm == 2 and isinstance(clip_norm, float)
 
 
 def test_a_config_survives_its_json():

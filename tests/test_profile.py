@@ -1,6 +1,7 @@
 """What a profile shows: wake, the passes of a sleep, each block by name."""
 
 import dataclasses
+import shutil
 
 import jax
 import pytest
@@ -27,12 +28,23 @@ def test_parts_of_a_rollout_are_named():
 
 
 @pytest.mark.slow
-def test_profiled_steps_leave_a_trace(tmp_path):
-  run = dataclasses.replace(test_loop.CONFIG.run, profile_steps=(2, 3))
-  loop.train(dataclasses.replace(test_loop.CONFIG, run=run), tmp_path)
-  (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
-  profile = trace.read_bytes()
-  for part in ("sleep/while/body", "pass/HybridLM.blocks", "attn_0/mixer"):
-    assert part.encode() in profile, part
-  # For Perfetto.
-  assert any((tmp_path / "profile").rglob("*.trace.json.gz"))
+@pytest.mark.parametrize("steps", [(2, 3), (3, 99)])
+def test_profiled_steps_leave_a_trace(tmp_path, steps):
+  """Also where the run ends, or goes on, between the first and the last."""
+
+  def train():
+    run = dataclasses.replace(test_loop.CONFIG.run, profile_steps=steps)
+    loop.train(dataclasses.replace(test_loop.CONFIG, run=run), tmp_path)
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    profile = trace.read_bytes()
+    for part in ("sleep/while/body", "pass/HybridLM.blocks", "attn_0/mixer"):
+      assert part.encode() in profile, part
+    # For Perfetto.
+    assert any((tmp_path / "profile").rglob("*.trace.json.gz"))
+
+  train()
+  # From step 4 on: where 2 and 3 are past, there is nothing to profile.
+  shutil.rmtree(tmp_path / "checkpoints/6")
+  shutil.rmtree(tmp_path / "profile")
+  if steps[1] > 4:
+    train()

@@ -179,6 +179,9 @@ def _steps(
 ) -> TrainState:
   """Takes the steps from `start` on and returns the last state."""
   run, compiled = config.run, None
+  first, final = run.profile_steps or (1, 0)
+  # Those of them that are taken here.
+  profiled = range(max(first, start + 1), min(final, run.steps) + 1)
   lines = _Lines(config, state.params, writer)
   try:
     for step in range(start + 1, run.steps + 1):
@@ -194,12 +197,12 @@ def _steps(
         seconds = time.perf_counter() - before
         logging.info("compiled in %.1f s: %s", seconds, memory_table(compiled))
         lines.skip(seconds)
-      if step in run.profile_steps[:1]:
+      if step in profiled[:1]:
         jax.profiler.start_trace(str(writer.workdir / "profile"))
       state, metrics = compiled(*arguments)
       lines.flush()  # of the step before, so that a step is always running
       lines.add(metrics)
-      if step in run.profile_steps[1:]:
+      if step in profiled[-1:]:
         jax.block_until_ready(metrics)
         jax.profiler.stop_trace()
 
