@@ -144,7 +144,6 @@ def test_the_table_has_a_row_for_each_set_and_straight_columns():
   [
     (4, ["7"] * 5, "same number of answers"),
     (6, ["forward"] * 7, "same number of answers"),
-    (7, np.arange(5), "same number of answers"),
     (4, ["7", "77", "12", "7", "13", "12"], "answer 1 has 1 places"),
     (4, ["7", "7", "12", "7", "13", ""], "answer 5 has 2 places"),
   ],

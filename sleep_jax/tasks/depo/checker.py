@@ -2,7 +2,7 @@
 
 A line is one JSON object with the fields of the original's samples: `ids` are
 bos, the edges (two names each), and the queries (9000 + k, a name, the marker
-9500, a name); `loss_mask` is 1 on markers and answers. `params` has N, K, M, the
+9500, a name); `loss_mask` is 1 on markers and answers. `params`: N, K, M, the
 names' mini_vocab, min_tlen and max_tlen, and QA, true where n must be N.
 """
 
