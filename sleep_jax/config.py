@@ -15,6 +15,7 @@ import ml_collections
 
 from sleep_jax.model.update_rules import UPDATE_RULES
 from sleep_jax.tasks import TASKS
+from sleep_jax.tasks.depo import DepoConfig
 from sleep_jax.tasks.gsm_infinite import GsmInfiniteConfig
 from sleep_jax.tasks.rule110 import Rule110Config
 
@@ -501,7 +502,7 @@ class ExperimentConfig:
     ValueError: values are out of bounds; one line that names every violation.
   """
 
-  task: GsmInfiniteConfig | Rule110Config = GsmInfiniteConfig()
+  task: GsmInfiniteConfig | Rule110Config | DepoConfig = GsmInfiniteConfig()
   model: ModelConfig = ModelConfig()
   sleep: SleepConfig = SleepConfig()
   data: DataConfig = DataConfig()

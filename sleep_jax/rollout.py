@@ -157,7 +157,8 @@ def rollout(
     model: a `HybridLM`.
     params: its parameters.
     inputs, targets: token ids [B, T]; the prediction part of a row has inputs
-      [marker, y0, y1, ...] and targets [y0, y1, ...].
+      [marker, y0, y1, ...] and targets [y0, y1, ...], or several such, each
+      after its prompt.
     loss_mask: where a target counts.
     valid: False where a place is padding.
     sleep_config: how and when to sleep.

@@ -59,7 +59,7 @@ def test_it_answers_as_the_model_was_trained_to(loaded, session):
     session.run("/new")
     slept, answer, place = session.run(f"/ask {example.context}")
     assert slept.startswith("slept with 4 passes: S moved by ")
-    assert answer == f"answer: {example.answer}"
+    assert answer == f"answer: {example.questions[0].answer}"
     assert place.startswith("window 3/64, ")
 
 

@@ -10,6 +10,7 @@ import tempfile
 
 import pytest
 
+from sleep_jax.tasks.draws import Draws
 from sleep_jax.tasks.gsm_infinite import (
   GsmInfinite,
   GsmInfiniteConfig,
@@ -19,7 +20,6 @@ from sleep_jax.tasks.gsm_infinite import (
 )
 from sleep_jax.tasks.gsm_infinite import __main__ as command_line
 from sleep_jax.tasks.gsm_infinite import task as task_module
-from sleep_jax.tasks.gsm_infinite.draws import Draws
 from sleep_jax.tasks.gsm_infinite.graph import Definition, Parameter
 from sleep_jax.tasks.gsm_infinite.solver import (
   Unsolvable,
@@ -458,7 +458,7 @@ def test_context_is_the_question_and_then_the_statements():
       assert task.problem("heldout", index) == problem
       example = task.example("heldout", index)
       assert example.context == f"{problem.question} {problem.problem}"
-      assert example.answer == str(problem.answer)
+      assert example.questions[0].answer == str(problem.answer)
       assert (example.depth, example.mode) == (problem.op, problem.mode)
   assert task.size("train") is None
   with pytest.raises(ValueError, match="'test'"):
@@ -661,15 +661,20 @@ def test_file_is_read_as_a_task(tmp_path):
     for split in ("train", "heldout")
     for index in range(task.size(split))
   ]
-  assert {int(e.answer) for e in examples} == set(range(1, 41))
+  assert {int(e.questions[0].answer) for e in examples} == set(range(1, 41))
   for example in examples:
+    (question,) = example.questions
     assert example.context == (
       "How many owl does Pine have? The number of owl in Pine equals"
-      f" {example.answer}. The number of fox in Pine equals 2."
+      f" {question.answer}. The number of fox in Pine equals 2."
     )
-    assert example.mode == ("reverse" if int(example.answer) % 2 else "forward")
+    assert example.mode == (
+      "reverse" if int(question.answer) % 2 else "forward"
+    )
     assert example.depth == 1
-    words = split_words(example.context) + split_words(example.answer)
+    words = split_words(example.context) + split_words(
+      example.questions[0].answer
+    )
     assert set(words) <= set(task.vocabulary)
   assert list(task.vocabulary) == sorted(set(task.vocabulary))
   with pytest.raises(ValueError, match="'test'"):
@@ -684,7 +689,7 @@ def test_copies_of_a_problem_stay_in_one_split(tmp_path):
   path = written(tmp_path, [record(n) for n in range(1, 41)] + swapped)
   task = GsmInfiniteFile(path, heldout_fraction=0.3)
   answers = [
-    {task.example(split, i).answer for i in range(task.size(split))}
+    {task.example(split, i).questions for i in range(task.size(split))}
     for split in ("train", "heldout")
   ]
   assert not answers[0] & answers[1]
@@ -697,7 +702,7 @@ def test_answer_is_read_from_the_solution_where_need_be(tmp_path):
     del fields["answer"]
   task = GsmInfiniteFile(written(tmp_path, records))
   example = task.example("train", 0)
-  assert f"owl in Pine equals {example.answer}." in example.context
+  assert f"owl in Pine equals {example.questions[0].answer}." in example.context
 
 
 BAD_LINES = [

@@ -7,6 +7,7 @@ import pytest
 
 from sleep_jax.training.judging import (
   format_table,
+  independent_count,
   judge,
   wilson_interval,
   write_results,
@@ -26,11 +27,14 @@ def by_hand(split="heldout"):
   ]
   right = np.zeros((6, 4), bool)
   mask = np.zeros((6, 4), bool)
+  label_mask = np.zeros((6, 4), bool)
   for i, (answer, _, _, labels, end) in enumerate(examples):
     mask[i, : len(answer) + 1] = True
+    label_mask[i, : len(answer)] = True
     right[i, : len(answer) + 1] = [*labels, end]
   answers, depth, modes, _, _ = zip(*examples, strict=True)
-  return split, right, mask, answers, np.array(depth), modes
+  masks = mask, label_mask
+  return split, right, *masks, answers, np.array(depth), modes, np.arange(6)
 
 
 def test_scores_are_those_counted_by_hand():
@@ -68,9 +72,9 @@ def test_what_stands_outside_the_mask_does_not_count():
 
 
 def test_answer_places_need_not_stand_first():
-  split, right, mask, *rest = by_hand()
-  later = [np.roll(x, 1, axis=1) for x in (right, mask)]
-  assert judge(split, *later, *rest) == judge(split, right, mask, *rest)
+  split, *arrays = by_hand()
+  later = [np.roll(x, 1, axis=1) for x in arrays[:3]]
+  assert judge(split, *later, *arrays[3:]) == judge(split, *arrays)
 
 
 def test_four_labels_of_rule_110_have_the_paper_s_chance():
@@ -78,8 +82,10 @@ def test_four_labels_of_rule_110_have_the_paper_s_chance():
   answers = [tuple(map(int, f"{i:04b}")) for i in range(16)]
   mask = np.ones((16, 5), bool)
   always_zero = np.array([[not bit for bit in a] + [True] for a in answers])
+  label_mask = np.arange(5) < mask.sum(axis=1, keepdims=True) - 1
+  depth, modes, rows = np.full(16, 32), ["strings"] * 16, np.arange(16)
   scores = judge(
-    "test", always_zero, mask, answers, np.full(16, 32), ["strings"] * 16
+    "test", always_zero, mask, label_mask, answers, depth, modes, rows
   )["test"]["overall"]
   assert scores["accuracy"] == scores["floor"] == 0.0625
   assert scores["label_accuracy"] == scores["label_floor"] == 0.5
@@ -97,13 +103,14 @@ def test_four_labels_of_rule_110_have_the_paper_s_chance():
   ],
 )
 def test_the_interval_is_the_published_one(right, count, low, high):
-  assert wilson_interval(right, count) == pytest.approx((low, high), abs=6e-5)
+  interval = wilson_interval(right / count, count)
+  assert interval == pytest.approx((low, high), abs=6e-5)
 
 
 def test_both_ends_of_the_interval_solve_the_score_equation():
   """|share - end| is 1.96 standard errors *at the end*: Wilson's definition."""
   for right, count in [(3, 7), (50, 400), (399, 400)]:
-    for end in wilson_interval(right, count):
+    for end in wilson_interval(right / count, count):
       deviation = abs(right / count - end)
       assert deviation == pytest.approx(
         1.959964 * np.sqrt(end * (1 - end) / count)
@@ -135,10 +142,10 @@ def test_the_table_has_a_row_for_each_set_and_straight_columns():
 @pytest.mark.parametrize(
   ("argument", "value", "message"),
   [
-    (3, ["7"] * 5, "same number of examples"),
-    (5, ["forward"] * 7, "same number of examples"),
-    (3, ["7", "77", "12", "7", "13", "12"], "example 1 has 2 answer places"),
-    (3, ["7", "7", "12", "7", "13", ""], "example 5 has 3 answer places"),
+    (4, ["7"] * 5, "same number of answers"),
+    (6, ["forward"] * 7, "same number of answers"),
+    (4, ["7", "77", "12", "7", "13", "12"], "answer 1 has 1 places"),
+    (4, ["7", "7", "12", "7", "13", ""], "answer 5 has 2 places"),
   ],
 )
 def test_input_that_does_not_fit_together_is_refused(argument, value, message):
@@ -149,12 +156,45 @@ def test_input_that_does_not_fit_together_is_refused(argument, value, message):
 
 
 def test_an_answer_of_nothing_but_the_end_token_is_refused():
-  one = np.ones((1, 1), bool)
-  with pytest.raises(ValueError, match="example 0 has 1 answer places"):
-    judge("heldout", one, one, [""], np.array([2]), ["forward"])
+  one, depth, row = np.ones((1, 1), bool), np.array([2]), np.array([0])
+  with pytest.raises(ValueError, match="answer 0 has 0 places"):
+    judge("heldout", one, one, ~one, [""], depth, ["forward"], row)
 
 
 def test_no_example_is_refused():
-  split, right, mask, answers, depth, modes = by_hand()
+  split, *arguments = by_hand()
   with pytest.raises(ValueError, match="at least 1"):
-    judge(split, right[:0], mask[:0], answers[:0], depth[:0], modes[:0])
+    judge(split, *(argument[:0] for argument in arguments))
+
+
+def test_intervals_know_that_answers_of_a_row_go_together():
+  rng = np.random.default_rng(0)
+  rows = np.repeat(np.arange(50), 4)
+  alone = rng.random(200) < 0.6
+  # One answer a row: as many draws as answers.
+  assert independent_count(alone, np.arange(200)) == pytest.approx(200)
+  # Four answers that are always alike: as many as rows.
+  alike = alone[:50].repeat(4)
+  assert independent_count(alike, rows) == pytest.approx(50)
+  # Answers that have nothing to do with each other: about as many as answers,
+  # and never more.
+  assert 150 < independent_count(alone, rows) <= 200
+  opposite = np.tile([True, False], 100)
+  assert independent_count(opposite, rows) == 200
+  # Of answers that are all right nobody can tell.
+  assert independent_count(np.ones(200, bool), rows) == 50
+
+
+def test_the_effect_of_rows_is_the_spread_of_many_repetitions():
+  """Rows half alike: the share's true spread is that of the count."""
+  rng = np.random.default_rng(1)
+  rows = np.repeat(np.arange(80), 5)
+
+  def draw():
+    easy = rng.random(80)[:, None] < 0.5
+    return (rng.random((80, 5)) < np.where(easy, 0.9, 0.3)).ravel()
+
+  draws = [draw() for _ in range(2000)]
+  counts = [independent_count(right, rows) for right in draws]
+  spread = np.var([right.mean() for right in draws])
+  assert np.mean(counts) == pytest.approx(0.6 * 0.4 / spread, rel=0.1)

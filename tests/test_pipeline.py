@@ -3,9 +3,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sleep_jax.data.pipeline import eval_batches, lay_out, train_iterator
+from sleep_jax.data.pipeline import (
+  eval_batches,
+  lay_out,
+  prediction_part,
+  train_iterator,
+)
 from sleep_jax.data.tokenizers import WordTokenizer
-from sleep_jax.tasks.base import Example
+from sleep_jax.tasks.base import Example, Question
 
 PAD, MARKER, END = 0, 1, 2
 DIGITS = WordTokenizer("0123456789", separator="")
@@ -26,7 +31,14 @@ class Numbers:
 
   def example(self, split, index):
     text = f"{index:03d}"
-    return Example(text, text[-1], depth=index, mode=self.modes[index % 2])
+    questions = (Question(text[-1]),)
+    return Example(text, questions, depth=index, mode=self.modes[index % 2])
+
+
+def part(*answer):
+  """(ids, counts) of a prediction part with one answer."""
+  ids = [MARKER, *answer, END]
+  return ids, [False] + [True] * (len(ids) - 1)
 
 
 LAYOUT = dict(length=6, window_length=4, align_answer=True)
@@ -44,7 +56,7 @@ def assert_equal(batch, other):
 
 def test_aligned_answers_start_a_window():
   inputs, targets, loss_mask, valid = lay_out(
-    [11, 12, 13, 14, 15], [21, 22], DIGITS, 12, 4, align_answer=True
+    [11, 12, 13, 14, 15], *part(21, 22), PAD, 12, 4, align_answer=True
   )
   pad = PAD
   assert inputs.tolist() == [pad] * 3 + [11, 12, 13, 14, 15] + [
@@ -60,20 +72,59 @@ def test_aligned_answers_start_a_window():
 
 def test_the_answer_starts_the_last_window_that_leaves_room():
   # 8 places are two windows, yet the second must hold the answer.
-  inputs, *_ = lay_out([11], [21, 22], DIGITS, 8, 4, align_answer=True)
+  inputs, *_ = lay_out([11], *part(21, 22), PAD, 8, 4, align_answer=True)
   assert inputs.tolist() == [PAD, PAD, PAD, 11, MARKER, 21, 22, PAD]
-  inputs, *_ = lay_out([11], [], DIGITS, 9, 4, align_answer=True)
+  inputs, *_ = lay_out([11], *part(), PAD, 9, 4, align_answer=True)
   assert inputs.tolist() == [PAD] * 7 + [11, MARKER]
 
 
 def test_packed_answers_follow_the_context():
   inputs, targets, loss_mask, valid = lay_out(
-    [11, 12, 13, 14, 15], [21, 22], DIGITS, 10, 4, align_answer=False
+    [11, 12, 13, 14, 15], *part(21, 22), PAD, 10, 4, align_answer=False
   )
   assert inputs.tolist() == [11, 12, 13, 14, 15, MARKER, 21, 22, PAD, PAD]
   assert targets.tolist() == [PAD] * 5 + [21, 22, END, PAD, PAD]
   assert loss_mask.tolist() == [False] * 5 + [True] * 3 + [False] * 2
   assert valid.tolist() == [True] * 8 + [False] * 2
+
+
+def test_prompts_are_read_and_answers_predicted():
+  example = Example(
+    "67",
+    (Question("4", prompt="1"), Question("59", prompt="12")),
+    depth=1,
+    mode="even",
+  )
+  one, two, four, five, nine = (DIGITS.encode(x)[0] for x in "12459")
+  rows = {}
+  for marker_counts in (True, False):
+    for ends in ((), ("4", "9")):
+      this = dataclasses.replace(
+        example, marker_counts=marker_counts, answer_ends=ends
+      )
+      ids, counts = prediction_part(this, DIGITS)
+      rows[marker_counts, ends] = lay_out([11], ids, counts, PAD, 14, 12, False)
+      assert ids == (
+        [one, MARKER, four, *([] if ends else [END])]
+        + [one, two, MARKER, five, nine, *([] if ends else [END])]
+      )
+  inputs, targets, mask, valid = rows[True, ("4", "9")]
+  pads = [PAD] * 6
+  assert inputs.tolist() == (
+    [11, one, MARKER, four, one, two, MARKER, five] + pads
+  )
+  assert targets.tolist() == (
+    [PAD, MARKER, four, one, two, MARKER, five, nine] + pads
+  )
+  as_text = {
+    key: "".join(np.where(loss_mask, "x", "-"))
+    for key, (_, _, loss_mask, _) in rows.items()
+  }
+  assert as_text[True, ("4", "9")] == "-xx--xxx------"
+  assert as_text[False, ("4", "9")] == "--x---xx------"
+  assert as_text[True, ()] == "-xxx--xxxx----"
+  assert as_text[False, ()] == "--xx---xxx----"
+  assert valid.tolist() == [True] * 8 + [False] * 6
 
 
 @pytest.mark.parametrize(
@@ -91,7 +142,7 @@ def test_packed_answers_follow_the_context():
 def test_what_does_not_fit_is_refused_with_the_fix(
   context, answer, length, align_answer, fix
 ):
-  ids = [11] * context, [12] * answer, DIGITS
+  ids = [11] * context, *part(*[12] * answer), PAD
   with pytest.raises(ValueError, match=fix):
     lay_out(*ids, length, 4, align_answer)
   # The fix is a fix, and the smallest.

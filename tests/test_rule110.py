@@ -91,7 +91,7 @@ def test_labels_are_the_first_bits_of_the_strings(split, boundary):
     example = task.example(split, index)
     strings = [example.context[i : i + 24] for i in range(0, 96, 24)]
     assert len(example.context) == 96
-    assert example.answer == "".join(
+    assert example.questions[0].answer == "".join(
       roll_out_by_table(string, 9, boundary)[0] for string in strings
     )
     assert (example.depth, example.mode) == (9, "strings")

@@ -18,7 +18,9 @@ from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.training import optimizers
 from sleep_jax.training.evaluate import evaluate, greedy_decode
 from sleep_jax.training.step import (
+  Prediction,
   TrainState,
+  count_exact,
   init_params,
   make_predict,
   make_train_step,
@@ -38,6 +40,7 @@ CONFIG = ExperimentConfig(
   optimizer=OptimizerConfig(muon_learning_rate=0.02, adamw_learning_rate=0.02),
 )
 VOCABULARY = 7
+SPECIAL = (1, 2)  # marker and end
 
 
 def make_batch(rows=6, seed=0):
@@ -58,9 +61,47 @@ def make_batch(rows=6, seed=0):
   return Batch(inputs, targets, mask, valid, zeros + 1, zeros)
 
 
-def predict_at_n(model):
-  predict = make_predict(model, CONFIG)
-  return functools.partial(predict, passes=CONFIG.sleep.passes)
+def make_prompted_batch(rows):
+  """A window of context, then [prompt, marker, answer] twice, no end token.
+
+  The answers have 1 to 3 tokens; the marker counts, too.
+  """
+  rng = np.random.default_rng(0)
+  inputs = np.zeros((rows, 16), np.int32)
+  targets, mask = np.zeros_like(inputs), np.zeros(inputs.shape, bool)
+  valid = np.zeros_like(mask)
+  inputs[:, 4:8] = rng.integers(3, VOCABULARY, (rows, 4))
+  for row in range(rows):
+    tokens, counts = [], []
+    for length in (1 + row % 2, 1 + row % 3):
+      tokens += [3 + row % 4, 1, *rng.integers(3, VOCABULARY, length)]
+      counts += [False] + [True] * (1 + length)
+    stop = 8 + len(tokens) - 1
+    inputs[row, 8:stop] = tokens[:-1]
+    targets[row, 8:stop] = tokens[1:]
+    mask[row, 8:stop] = counts[1:]
+    valid[row, 4:stop] = True
+  zeros = np.zeros(rows, np.int32)
+  return Batch(inputs, targets, mask, valid, zeros + 1, zeros)
+
+
+def exact_by_hand(predictions, batch):
+  """{(row, question): exact}, place by place."""
+  exact = {}
+  for row, mask in enumerate(batch.loss_mask):
+    question, before = -1, False
+    for place, masked in enumerate(mask):
+      if masked:
+        question += not before
+        right = predictions[row, place] == batch.targets[row, place]
+        exact[row, question] = exact.get((row, question), True) and right
+      before = masked
+  return exact
+
+
+def predict_at_n(model, config=CONFIG):
+  predict = make_predict(model, config)
+  return functools.partial(predict, passes=config.sleep.passes)
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +121,13 @@ def trained():
 
 def test_a_batch_in_parts_is_one_batch():
   model = HybridLM(CONFIG.model, VOCABULARY)
-  params, batch = init_params(model, 0), make_batch()
+  params, batch = init_params(model, 0), make_prompted_batch(6)
   results, batch = [], jax.tree.map(lambda x: x[[0, 3, 1, 4, 2, 5]], batch)
+  sleep = dataclasses.replace(CONFIG.sleep, window_length=8)
+  prompted = dataclasses.replace(CONFIG, sleep=sleep)
   for parts in (1, 3):
     config = dataclasses.replace(
-      CONFIG,
+      prompted,
       data=dataclasses.replace(CONFIG.data, batch_size=6),
       optimizer=dataclasses.replace(CONFIG.optimizer, accumulation_steps=parts),
     )
@@ -113,14 +156,14 @@ def test_a_batch_in_parts_is_one_batch():
       compared += 1
   assert compared == 17
   # The loss is the mean over all masked places, which no part has equally many
-  # of; the accuracy is that of whole rows.
-  loss, predictions, _ = predict_at_n(model)(params, batch)
+  # of; the accuracy is that of answers.
+  loss, predictions, _ = predict_at_n(model, prompted)(params, batch)
   np.testing.assert_allclose(
     many_metrics["loss"], loss / batch.loss_mask.sum(), rtol=1e-5
   )
-  wrong = (np.asarray(predictions) != batch.targets) & batch.loss_mask
+  exact = exact_by_hand(np.asarray(predictions), batch)
   np.testing.assert_allclose(
-    many_metrics["accuracy"], np.mean(~wrong.any(axis=1))
+    many_metrics["accuracy"], np.mean(list(exact.values()))
   )
 
 
@@ -134,7 +177,7 @@ def test_greedy_decoding_agrees_with_the_judgement(trained):
       written, batch.loss_mask, batch.targets, strict=True
     )
   ]
-  results, _ = evaluate(predict, params, "train", [batch], ["only"])
+  results, _ = evaluate(predict, params, "train", [batch], ["only"], SPECIAL)
   assert 0 < sum(by_greedy) < len(by_greedy)
   assert results["train"]["overall"]["accuracy"] == np.mean(by_greedy)
 
@@ -175,9 +218,62 @@ def test_greedy_decoding_equals_a_forward_pass_per_token(trained):
 def test_padding_rows_are_not_judged(trained):
   predict, params, batch = trained
   padding = jax.tree.map(np.zeros_like, batch)
-  alone, loss = evaluate(predict, params, "x", [batch], ["only"])
+  alone, loss = evaluate(predict, params, "x", [batch], ["only"], SPECIAL)
   padded, padded_loss = evaluate(
-    predict, params, "x", [batch, padding], ["only"]
+    predict, params, "x", [batch, padding], ["only"], SPECIAL
   )
   assert alone == padded
   assert loss == pytest.approx(padded_loss)
+
+
+@pytest.fixture
+def often_right():
+  """(predict, batch): a stub whose predictions depend on the inputs before."""
+  batch = make_prompted_batch(48)
+
+  def predict(params, other):
+    sums = np.cumsum(other.inputs, axis=1)
+    predictions = np.where(sums % 6 > 0, batch.targets, 3 + sums % 4)
+    predictions = np.where(other.loss_mask, predictions, 0)
+    return Prediction(np.float32(1), predictions, None)
+
+  return predict, batch
+
+
+def test_each_question_of_a_row_is_an_answer(often_right):
+  predict, batch = often_right
+  predictions = predict(None, batch).predictions
+  exact = exact_by_hand(predictions, batch)
+  assert len(exact) == 2 * 48 and 10 < sum(exact.values()) < 86
+  counted = jax.jit(count_exact)(predictions, batch.targets, batch.loss_mask)
+  assert counted == sum(exact.values())
+  results, _ = evaluate(predict, None, "x", [batch], ["only"], SPECIAL)
+  overall = results["x"]["overall"]
+  assert overall["count"] == 96
+  assert overall["accuracy"] == np.mean(list(exact.values()))
+  # A marker is no label.
+  labels = batch.loss_mask & (batch.targets > 2)
+  assert labels.sum() == batch.loss_mask.sum() - 96
+  right = (predictions == batch.targets)[labels]
+  assert overall["label_accuracy"] == pytest.approx(right.mean())
+
+
+def test_greedy_decoding_of_several_questions(often_right):
+  """Against a plain loop over places: prompts are given, answers its own."""
+  predict, batch = often_right
+  written = greedy_decode(predict, None, batch)
+  wrong, inputs = 0, batch.inputs.copy()
+  for place in range(15):
+    predictions = predict(None, batch._replace(inputs=inputs)).predictions
+    for row in np.flatnonzero(batch.loss_mask[:, place]):
+      assert written[row, place] == predictions[row, place]
+      wrong += written[row, place] != batch.targets[row, place]
+      inputs[row, place + 1] = predictions[row, place]
+  assert wrong > 10
+  # A row's first answer is written exactly when it is judged right; the second
+  # is judged after a right first one.
+  greedy = exact_by_hand(written, batch)
+  judged = exact_by_hand(predict(None, batch).predictions, batch)
+  first = {key for key in judged if key[1] == 0}
+  assert {k: greedy[k] for k in first} == {k: judged[k] for k in first}
+  assert greedy != judged

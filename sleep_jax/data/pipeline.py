@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from sleep_jax.data.tokenizers import Tokenizer
-from sleep_jax.tasks.base import Task
+from sleep_jax.tasks.base import Example, Task
 
 _Array: TypeAlias = np.ndarray | jax.Array
 
@@ -21,8 +21,9 @@ class Batch(NamedTuple):
 
   Attributes:
     inputs: token ids.
-    targets: in the prediction part, the token to be predicted there.
-    loss_mask: True in the prediction part: where a target counts.
+    targets: in the prediction part, the token that follows there.
+    loss_mask: where a target is to be predicted; each run of such places is
+      one answer.
     valid: False where a place is padding.
     depth: `Example.depth` of each row.
     mode: `Example.mode` of each row, as an index into `Task.modes`.
@@ -36,10 +37,34 @@ class Batch(NamedTuple):
   mode: Int32[_Array, "B"]
 
 
+def prediction_part(
+  example: Example, tokenizer: Tokenizer
+) -> tuple[list[int], list[bool]]:
+  """(ids, counts): what follows the context, and which of it is predicted.
+
+  That is, of each question, [prompt, marker, answer, end]: the answer and its
+  end token, where it has one, are predicted; after a prompt the marker may be.
+
+  Raises:
+    ValueError: a symbol has no id.
+  """
+  ids, counts = [], []
+  for question in example.questions:
+    prompt = tokenizer.encode(question.prompt)
+    answer = tokenizer.encode(question.answer)
+    if not example.answer_ends:
+      answer = [*answer, tokenizer.end_id]
+    ids += [*prompt, tokenizer.marker_id, *answer]
+    counts += [False] * len(prompt)
+    counts += [bool(prompt) and example.marker_counts] + [True] * len(answer)
+  return ids, counts
+
+
 def lay_out(
   context_ids: Sequence[int],
-  answer_ids: Sequence[int],
-  tokenizer: Tokenizer,
+  part_ids: Sequence[int],
+  part_counts: Sequence[bool],
+  pad_id: int,
   length: int,
   window_length: int,
   align_answer: bool,
@@ -52,16 +77,18 @@ def lay_out(
 ]:
   """(inputs, targets, loss_mask, valid) of one example.
 
-  The context is followed by the prediction part, whose inputs are
-  [marker, y0, y1, ...] and whose targets are [y0, y1, ..., end].
+  The context is followed by the prediction part, shifted by one in itself: its
+  inputs are all but its last token, its targets all but its first. With one
+  answer y that is [marker, y0, y1, ...] and [y0, y1, ..., end].
 
   Paper: an ordinary shift would predict y0 from the last token of the context,
   whose window would then not be one without loss, and so never sleep.
 
   Args:
     context_ids: what is read before waking.
-    answer_ids: y0, y1, ...
-    tokenizer: gives the special tokens.
+    part_ids: the prediction part, as `prediction_part` gives it.
+    part_counts: which of these tokens are predicted.
+    pad_id: fills the places that are padding.
     length: T.
     window_length: L.
     align_answer: pad the context on its left to as many whole windows as leave
@@ -73,37 +100,36 @@ def lay_out(
     ValueError: the example does not fit the row, or its prediction part does
       not fit a window or `answer_length`.
   """
-  context, answer = len(context_ids), len(answer_ids)
-  if 0 < answer_length <= answer:
+  context, part = len(context_ids), len(part_ids) - 1
+  predicted = sum(part_counts[1:])
+  if 0 < answer_length < predicted:
     raise ValueError(
-      f"an answer of {answer} tokens and its end exceed data.answer_length = "
-      f"{answer_length}: set it to at least {answer + 1}, or to 0"
+      f"an answer of {predicted} places exceeds data.answer_length = "
+      f"{answer_length}: set it to at least {predicted}, or to 0"
     )
-  if answer + 1 > window_length:
+  if part > window_length:
     raise ValueError(
-      f"an answer of {answer} tokens and its marker exceed window_length = "
-      f"{window_length}: set it to at least {answer + 1}"
+      f"a prediction part of {part} places exceeds window_length = "
+      f"{window_length}: set it to at least {part}"
     )
   start = context
   if align_answer:
     before = (length - 1) // window_length
     start = max(before, math.ceil(context / window_length)) * window_length
-  stop = start + answer + 1
+  stop = start + part
   if stop > length:
     raise ValueError(
-      f"a context of {context} tokens, the marker and an answer of {answer} do "
-      f"not fit length = {length} with window_length = {window_length}: set "
-      f"length to at least {stop}"
+      f"a context of {context} tokens and a prediction part of {part} do not "
+      f"fit length = {length} with window_length = {window_length}: set length "
+      f"to at least {stop}"
     )
-  inputs = np.full(length, tokenizer.pad_id, np.int32)
+  inputs = np.full(length, pad_id, np.int32)
   inputs[start - context : start] = context_ids
-  inputs[start] = tokenizer.marker_id
-  inputs[start + 1 : stop] = answer_ids
-  targets = np.full(length, tokenizer.pad_id, np.int32)
-  targets[start : stop - 1] = answer_ids
-  targets[stop - 1] = tokenizer.end_id
+  inputs[start:stop] = part_ids[:-1]
+  targets = np.full(length, pad_id, np.int32)
+  targets[start:stop] = part_ids[1:]
   loss_mask = np.zeros(length, np.bool_)
-  loss_mask[start:stop] = True
+  loss_mask[start:stop] = part_counts[1:]
   valid = np.zeros(length, np.bool_)
   valid[start - context : stop] = True
   return inputs, targets, loss_mask, valid
@@ -236,8 +262,8 @@ def _row_maker(
     try:
       arrays = lay_out(
         tokenizer.encode(example.context),
-        tokenizer.encode(example.answer),
-        tokenizer,
+        *prediction_part(example, tokenizer),
+        tokenizer.pad_id,
         *layout,
       )
     except ValueError as error:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from sleep_jax.tasks.base import Task
+from sleep_jax.tasks.depo import Depo, DepoConfig
 from sleep_jax.tasks.gsm_infinite import (
   GsmInfinite,
   GsmInfiniteConfig,
@@ -11,11 +12,15 @@ from sleep_jax.tasks.gsm_infinite import (
 from sleep_jax.tasks.rule110 import Rule110, Rule110Config
 
 # Name in a config -> class of that task's settings.
-TASKS = {"gsm_infinite": GsmInfiniteConfig, "rule110": Rule110Config}
+TASKS = {
+  "gsm_infinite": GsmInfiniteConfig,
+  "rule110": Rule110Config,
+  "depo": DepoConfig,
+}
 
 
 def make_task(
-  config: GsmInfiniteConfig | Rule110Config,
+  config: GsmInfiniteConfig | Rule110Config | DepoConfig,
   path: str,
   seed: int,
   count_tokens: Callable[[str], int],
@@ -31,13 +36,15 @@ def make_task(
   Raises:
     ValueError: the file cannot be used, or the task is none that has files.
   """
+  if path and not isinstance(config, GsmInfiniteConfig):
+    raise ValueError(
+      f"data.path = {path!r}: only gsm_infinite reads files; leave it empty "
+      f"for {config.name}"
+    )
   if isinstance(config, Rule110Config):
-    if path:
-      raise ValueError(
-        f"data.path = {path!r}: only gsm_infinite reads files; leave it empty "
-        "for rule110"
-      )
     return Rule110(config, seed)
+  if isinstance(config, DepoConfig):
+    return Depo(config, seed)
   if path:
     return GsmInfiniteFile(path, config.heldout_fraction)
   return GsmInfinite(config, seed, count_tokens)

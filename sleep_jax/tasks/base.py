@@ -2,29 +2,47 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+
+class Question(NamedTuple):
+  """What is asked about a context.
+
+  Attributes:
+    answer: what must be written after the answer marker; marker and end token
+      are the data pipeline's business.
+    prompt: what is read just before the marker, the context being evicted.
+  """
+
+  answer: str
+  prompt: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One answer to be given about an evicted context, as text.
+  """Answers to be given about an evicted context, as text.
 
   Attributes:
     context: what is read before waking (for math the question comes first).
-    answer: what must be written after the answer marker; the end token is
-      the data pipeline's business.
+    questions: what is asked, in order; of several, each has a prompt.
     depth: how deep the computation is: operations (math), rollout steps
-      (Rule 110). Accuracy is reported by depth.
+      (Rule 110), hops (Depo; the most of its questions). Accuracy is reported
+      by depth.
     mode: a second grouping of the report: "forward" or "reverse" (math),
-      "strings" (Rule 110).
+      "strings" (Rule 110), "cycle" (Depo).
     source: where it stands, as an error should name it.
+    answer_ends: symbols that stand at an answer's end and nowhere else in it;
+      with none, an end token follows each answer.
+    marker_counts: whether the marker after a prompt must be written, too.
   """
 
   context: str
-  answer: str
+  questions: Sequence[Question]
   depth: int
   mode: str
   source: str = ""
+  answer_ends: Sequence[str] = ()
+  marker_counts: bool = True
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Integer
 
-from sleep_jax.tasks.base import Example
+from sleep_jax.tasks.base import Example, Question
 
 BOUNDARIES = ("periodic", "zero")
 # Strings of up to this many bits are few enough to be learnt by heart: some
@@ -105,7 +105,7 @@ class Rule110:
     labels = _roll_out(lanes, width, count, steps, boundary)
     return Example(
       context=f"{lanes:0{width * count}b}",
-      answer=f"{labels:0{width * count}b}"[::width],
+      questions=(Question(f"{labels:0{width * count}b}"[::width]),),
       depth=steps,
       mode="strings",
     )

@@ -2,11 +2,12 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool, Int
 
 from sleep_jax.config import ExperimentConfig, RunConfig
 from sleep_jax.data import pipeline
@@ -65,6 +66,7 @@ def evaluate_sets(
   params,
   sets: Mapping[str, list[Batch]],
   modes,
+  special_ids: Sequence[int],
   share: int,
   config: ExperimentConfig,
 ) -> tuple[dict[str, Any], dict[str, float]]:
@@ -80,7 +82,7 @@ def evaluate_sets(
 
     def judged_at(passes, split=split, some=some):
       at = functools.partial(predict, passes=np.int32(passes))
-      judged, loss = evaluate(at, params, split, some, modes)
+      judged, loss = evaluate(at, params, split, some, modes, special_ids)
       return judged[split], loss
 
     n = config.sleep.passes
@@ -108,16 +110,25 @@ def evaluate_sets(
   return results, metrics
 
 
-def evaluate(predict, params, split: str, batches: list[Batch], modes) -> tuple:
+def evaluate(
+  predict,
+  params,
+  split: str,
+  batches: list[Batch],
+  modes,
+  special_ids: Sequence[int],
+) -> tuple[dict[str, Any], float]:
   """(results, mean loss) of a split; `results` as `judging.judge` gives them.
 
   Beside these stands "sleep": the mean number of "passes" of a sleep, and
   "by_pass", where passes were watched (`step.make_predict`), the mean "norm" of
   S after it and relative "change" of S by it.
 
-  An answer is right when all its tokens and the end token are the argmax,
-  given the right tokens before them: exactly when greedy decoding writes it
-  (`greedy_decode`), at the cost of one pass.
+  An answer is right when all its tokens, a marker or end token included, are
+  the argmax, given the right tokens before them: exactly when greedy decoding
+  writes it (`greedy_decode`), at the cost of one pass. Of a row's several
+  answers that is so for the first: the others are judged given right ones
+  before them, not the model's own.
 
   Args:
     predict: from `step.make_predict`, its passes given.
@@ -126,6 +137,7 @@ def evaluate(predict, params, split: str, batches: list[Batch], modes) -> tuple:
       padding.
     split: its name in the results.
     modes: the task's modes, which `Batch.mode` indexes.
+    special_ids: the tokens of an answer that are no labels: marker and end.
   """
   loss_sum, predictions, sleeps, whole = 0.0, [], [], []
   for batch in batches:
@@ -140,21 +152,34 @@ def evaluate(predict, params, split: str, batches: list[Batch], modes) -> tuple:
   _, targets, mask, _, depth, mode = (
     np.concatenate(column) for column in zip(*whole, strict=True)
   )
-  used = mask.any(axis=1)
-  answers = [
-    tuple(row_targets[row_mask][:-1].tolist())
-    for row_targets, row_mask in zip(targets[used], mask[used], strict=True)
-  ]
+  rows, places = _answers(mask)
+  labels = places & ~np.isin(targets, special_ids)[rows]
   results = judging.judge(
     split,
-    (np.concatenate(predictions) == targets)[used],
-    mask[used],
-    answers,
-    depth[used],
-    [modes[i] for i in mode[used]],
+    (np.concatenate(predictions) == targets)[rows],
+    places,
+    labels,
+    [
+      tuple(targets[row, its_labels].tolist())
+      for row, its_labels in zip(rows, labels, strict=True)
+    ],
+    depth[rows],
+    [modes[i] for i in mode[rows]],
+    rows,
   )
   results[split]["sleep"] = _sleep_summary(sleeps)
   return results, loss_sum / int(mask.sum())
+
+
+def _answers(
+  mask: Bool[np.ndarray, "B T"],
+) -> tuple[Int[np.ndarray, "n"], Bool[np.ndarray, "n T"]]:
+  """(row, places) of every answer: a run of masked places."""
+  starts = mask & ~np.pad(mask, ((0, 0), (1, 0)))[:, :-1]
+  rows, firsts = np.nonzero(starts)
+  number = np.cumsum(starts, axis=1)
+  its_number = number[rows, firsts][:, None]
+  return rows, mask[rows] & (number[rows] == its_number)
 
 
 def _sleep_summary(sleeps: list[Slept]) -> dict[str, Any]:
@@ -186,12 +211,12 @@ def _sleep_summary(sleeps: list[Slept]) -> dict[str, Any]:
 def greedy_decode(predict, params, batch: Batch) -> Any:
   """Tokens [B, T] that the model writes by itself at the masked places.
 
-  The answers in `batch.inputs` are not looked at: from the marker on, each
-  input is the argmax before it.
+  The answers in `batch.inputs` are not looked at: after a masked place the
+  input is the argmax there. All others, such as prompts, are given.
   """
   rank = np.cumsum(batch.loss_mask, axis=1) * batch.loss_mask
-  # The marker (rank 1) stays; what follows is unknown yet.
-  inputs = np.where(rank > 1, 0, batch.inputs)
+  inputs = np.array(batch.inputs)
+  inputs[:, 1:][batch.loss_mask[:, :-1]] = 0  # unknown yet
   written = np.zeros_like(batch.targets)
   for place in range(1, rank.max(initial=0) + 1):
     predictions = sharding.fetch(
@@ -199,6 +224,6 @@ def greedy_decode(predict, params, batch: Batch) -> Any:
     )
     here = rank == place
     written = np.where(here, predictions, written)
-    following = np.roll(here, 1, axis=1) & (rank == place + 1)
-    inputs[following] = np.roll(written, 1, axis=1)[following]
+    following = here[:, :-1]
+    inputs[:, 1:][following] = written[:, :-1][following]
   return written

@@ -2,7 +2,8 @@
 
 An answer is exact when every place of it, the end token included, is right.
 Beside each accuracy stands its floor: what the best constant answer would
-score on those very examples.
+score on those very examples. Answers about one and the same context are not
+independent: the intervals take the rows, not the answers, as drawn at random.
 """
 
 import json
@@ -36,37 +37,43 @@ def judge(
   split: str,
   tokens_right: Bool[np.ndarray, "n A"],
   answer_mask: Bool[np.ndarray, "n A"],
+  label_mask: Bool[np.ndarray, "n A"],
   answers: Sequence[Sequence[Hashable]],
   depth: Int[np.ndarray, "n"],
   modes: Sequence[str],
+  rows: Int[np.ndarray, "n"],
 ) -> dict[str, Any]:
   """Returns {split: scores}, ready for JSON; splits are joined with `|`.
 
-  The scores of a set of examples are its "count", the exact "accuracy", its
+  The scores of a set of answers are its "count", the exact "accuracy", its
   95% Wilson "interval" and its "floor", and "label_accuracy" and
-  "label_floor": the share of right places, the end token left out, and what
-  the best constant label of each place would reach. They are given
-  "overall", by "depth" and, in each depth, by "mode".
+  "label_floor": the share of right labels, and what the best constant label of
+  each place would reach. They are given "overall", by "depth" and, in each
+  depth, by "mode".
 
   Args:
     split: the name of the split.
-    tokens_right: whether the token at each answer place is the right one.
-    answer_mask: the answer places; the last of an example is its end token.
-    answers: the right labels of each example, without the end token.
-    depth: how deep the computation of each example is.
-    modes: the second grouping of each example.
+    tokens_right: whether the token at each place is the right one.
+    answer_mask: the places of each answer.
+    label_mask: those of them that hold its labels, not a marker or end token.
+    answers: the right labels of each answer.
+    depth: how deep the computation of each answer is.
+    modes: the second grouping of each answer.
+    rows: which row each answer is from; those of a row may go together.
 
   Raises:
-    ValueError: there is no example, the lengths differ, or an answer has
-      other places than its mask.
+    ValueError: there is no answer, the lengths differ, or an answer has other
+      places than its masks.
   """
-  _check(tokens_right, answer_mask, answers, depth, modes)
+  _check(tokens_right, answer_mask, label_mask, answers, depth, modes, rows)
 
   def score(chosen: Bool[np.ndarray, "n"]) -> dict[str, Any]:
     return _score(
       tokens_right[chosen],
       answer_mask[chosen],
+      label_mask[chosen],
       [tuple(answers[int(i)]) for i in np.flatnonzero(chosen)],
+      rows[chosen],
     )
 
   mode = np.asarray(modes)
@@ -82,10 +89,9 @@ def judge(
   return {split: {"overall": overall, "depth": by_depth}}
 
 
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
-  """Returns the 95% Wilson score interval of `right` successes of `count`."""
+def wilson_interval(share: float, count: int | float) -> tuple[float, float]:
+  """Returns the 95% Wilson score interval of a share of `count` draws."""
   z2 = _NORMAL_QUANTILE**2
-  share = right / count
   centre = (share + z2 / (2 * count)) / (1 + z2 / count)
   half_width = (
     _NORMAL_QUANTILE
@@ -124,33 +130,47 @@ def write_results(
   write_atomically(Path(workdir) / "results.json", text)
 
 
+def independent_count(
+  right: Bool[np.ndarray, "n"], rows: Int[np.ndarray, "n"]
+) -> float:
+  """How many independent answers would tell as much as these.
+
+  n over the design effect (Kish): the variance of the share of right answers
+  with whole rows drawn at random, over that with single answers; at least 1.
+  Where all are right, or none, nothing tells how alike those of a row are: the
+  number of rows.
+  """
+  _, row = np.unique(rows, return_inverse=True)
+  share, count = float(right.mean()), len(right)
+  if share in (0, 1):
+    return float(row.max() + 1)
+  deviations = np.bincount(row, right - share)
+  effect = float(np.sum(deviations**2)) / (count * share * (1 - share))
+  return count / max(effect, 1.0)
+
+
 def _score(
   tokens_right: Bool[np.ndarray, "n A"],
   answer_mask: Bool[np.ndarray, "n A"],
+  label_mask: Bool[np.ndarray, "n A"],
   answers: list[tuple],
+  rows: Int[np.ndarray, "n"],
 ) -> dict[str, Any]:
   count = len(answers)
-  right = int((tokens_right | ~answer_mask).all(axis=1).sum())
-  labels = answer_mask & ~_end_places(answer_mask)
+  right = (tokens_right | ~answer_mask).all(axis=1)
+  accuracy = float(right.mean())
   constant_right = sum(
     max(Counter(answer[i] for answer in answers if i < len(answer)).values())
     for i in range(max(map(len, answers)))
   )
   return {
     "count": count,
-    "accuracy": right / count,
-    "interval": list(wilson_interval(right, count)),
+    "accuracy": accuracy,
+    "interval": list(wilson_interval(accuracy, independent_count(right, rows))),
     "floor": max(Counter(answers).values()) / count,
-    "label_accuracy": float(tokens_right[labels].mean()),
-    "label_floor": constant_right / int(labels.sum()),
+    "label_accuracy": float(tokens_right[label_mask].mean()),
+    "label_floor": constant_right / int(label_mask.sum()),
   }
-
-
-def _end_places(
-  answer_mask: Bool[np.ndarray, "n A"],
-) -> Bool[np.ndarray, "n A"]:
-  rank = answer_mask.cumsum(axis=1)
-  return answer_mask & (rank == rank[:, -1:])
 
 
 def _cells(scores: Mapping[str, Any]) -> list[str]:
@@ -165,19 +185,21 @@ def _cells(scores: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def _check(tokens_right, answer_mask, answers, depth, modes) -> None:
-  lengths = [len(tokens_right), len(answer_mask), len(answers), len(depth)]
-  lengths.append(len(modes))
+def _check(
+  tokens_right, answer_mask, label_mask, answers, depth, modes, rows
+) -> None:
+  arguments = tokens_right, answer_mask, label_mask, answers, depth, modes, rows
+  lengths = [len(argument) for argument in arguments]
   if len(set(lengths)) > 1 or not lengths[0]:
     raise ValueError(
-      "tokens_right, answer_mask, answers, depth and modes need one and the"
-      f" same number of examples, at least 1: got {lengths}"
+      "all arguments of judge need one and the same number of answers, at"
+      f" least 1: got {lengths}"
     )
-  places = answer_mask.sum(axis=1)
+  places = (answer_mask & label_mask).sum(axis=1)
   for i, answer in enumerate(answers):
-    if len(answer) + 1 != places[i] or not len(answer):
+    if len(answer) != places[i] or not len(answer):
       raise ValueError(
-        f"example {i} has {places[i]} answer places, but its answer"
-        f" {answer!r} has {len(answer)} labels: an answer needs a place for"
-        " each label (at least 1) and one for the end token"
+        f"answer {i} has {places[i]} places for labels, but its answer"
+        f" {answer!r} has {len(answer)} labels: it needs a place for each, and"
+        " at least 1"
       )

@@ -131,7 +131,13 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
         return predict(*arguments, **options)
 
       return evaluate_sets(
-        predict_or_end, params, evaluation, task.modes, share, config
+        predict_or_end,
+        params,
+        evaluation,
+        task.modes,
+        (tokenizer.marker_id, tokenizer.end_id),
+        share,
+        config,
       )
 
     with checkpoints.Checkpoints(
@@ -343,12 +349,14 @@ def _show_examples(predict, params, evaluation, tokenizer):
     batch = sharding.fetch(sharding.place(batches[0]))
     written = greedy_decode(predict, params, batch)
     for row in range(min(_EXAMPLES_SHOWN, batch.inputs.shape[0])):
-      mask = batch.loss_mask[row]
-      context = batch.inputs[row][batch.valid[row] & ~mask]
+      inputs, targets, mask, valid = (x[row] for x in batch[:4])
+      first = int(np.argmax(mask))
+      before = slice(first + 1)
       logging.info(
         "%s: %s -> %s (right: %s)",
         split,
-        tokenizer.decode(context),
-        tokenizer.decode(written[row][mask]),
-        tokenizer.decode(batch.targets[row][mask]),
+        tokenizer.decode(inputs[before][valid[before]]),
+        # Between answers stand the prompts.
+        tokenizer.decode(np.where(mask, written[row], targets)[first:]),
+        tokenizer.decode(targets[first:]),
       )

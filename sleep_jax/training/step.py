@@ -137,9 +137,20 @@ def model_flops(
     return None
 
 
-def exact(predictions, targets, loss_mask):
-  """Rows [B] whose masked places are all predicted: exact answers."""
-  return jnp.all((predictions == targets) | ~loss_mask, axis=1)
+def answer_starts(loss_mask):
+  """The first place of each answer [B, T]: of each run of masked places."""
+  return loss_mask & ~jnp.pad(loss_mask, ((0, 0), (1, 0)))[:, :-1]
+
+
+def count_exact(predictions, targets, loss_mask):
+  """How many answers have all their places predicted."""
+  starts = answer_starts(loss_mask)
+  wrong = (predictions != targets) & loss_mask
+  errors = jnp.cumsum(wrong, axis=1)
+  # Errors of a row before the answer that a place is in.
+  before = jax.lax.cummax(jnp.where(starts, errors - wrong, 0), axis=1)
+  first_errors = wrong & (errors == before + 1)
+  return jnp.sum(starts) - jnp.sum(first_errors)
 
 
 def make_train_step(
@@ -155,8 +166,8 @@ def make_train_step(
 
   The loss is the mean cross-entropy (nats) over the batch's masked places,
   also where the batch is cut into `optimizer.accumulation_steps` parts. The
-  metrics are scalars on the device: loss and exact accuracy, norms of the
-  gradient, of the new parameters and of a row's last S (the mean), and
+  metrics are scalars on the device: loss and share of exact answers, norms of
+  the gradient, of the new parameters and of a row's last S (the mean), and
   "bad_leaf": the first leaf, of the gradient and then of the new parameters,
   whose norm is not finite; -1 if all are. With `optimizer.skipped_steps`, also
   the steps skipped so far, and in a row.
@@ -170,15 +181,15 @@ def make_train_step(
     # Where they are known, rows are not asked whether they are done.
     drawn = passes if config.sleep.sampled_passes else None
     result = run(model, config, params, part, passes=drawn)
-    right = exact(result.predictions, part.targets, part.loss_mask)
-    norms = row_norm(result.memory.state, right.shape[0])
+    right = count_exact(result.predictions, part.targets, part.loss_mask)
+    norms = row_norm(result.memory.state, part.inputs.shape[0])
     return result.loss_sum, (
-      jnp.sum(right, dtype=jnp.int32),
+      right.astype(jnp.int32),
       jnp.sum(norms).astype(result.loss_sum.dtype),
     )
 
   def accumulate(params, batch, passes):
-    """Gradients, loss, exact rows and norms of S, summed over the batch."""
+    """Gradients, loss, exact answers and norms of S, summed over the batch."""
     value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
 
     def add(totals, part):
@@ -217,7 +228,7 @@ def make_train_step(
     bad = ~jnp.isfinite(squares)
     metrics = {
       "loss": loss / count,
-      "accuracy": right / rows,
+      "accuracy": right / jnp.sum(answer_starts(batch.loss_mask)),
       "grad_norm": jnp.sqrt(jnp.sum(of_gradient)),
       "param_norm": jnp.sqrt(jnp.sum(of_params)),
       "state_norm": norms / rows,

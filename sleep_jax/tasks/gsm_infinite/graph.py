@@ -16,8 +16,8 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from sleep_jax.tasks.draws import Draws
 from sleep_jax.tasks.gsm_infinite.config import GsmInfiniteConfig
-from sleep_jax.tasks.gsm_infinite.draws import Draws
 
 COUNT = "count"
 AVERAGE = "average"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 
-from sleep_jax.tasks.base import Example
+from sleep_jax.tasks.base import Example, Question
 from sleep_jax.tasks.gsm_infinite.task import Problem
 from sleep_jax.tasks.gsm_infinite.text import in_heldout, split_words
 
@@ -141,7 +141,7 @@ class GsmInfiniteFile:
     for record in read_records(path):
       example = Example(
         context=f"{record.question} {record.problem}",
-        answer=str(record.answer),
+        questions=(Question(str(record.answer)),),
         depth=record.op,
         mode=record.mode,
         source=f"{path}, line {record.line}",
@@ -149,7 +149,9 @@ class GsmInfiniteFile:
       sentences = record.problem.strip().removesuffix(".").split(". ")
       heldout = in_heldout(record.question, sentences, heldout_fraction)
       self._examples["heldout" if heldout else "train"].append(example)
-      words.update(split_words(example.context), split_words(example.answer))
+      words.update(
+        split_words(example.context), split_words(str(record.answer))
+      )
     # Evaluations on the way take the first few: of a file sorted by
     # operations they would see the shallow ones alone.
     self._examples["heldout"].sort(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sleep_jax.tasks.gsm_infinite.draws import Draws
+from sleep_jax.tasks.draws import Draws
 from sleep_jax.tasks.gsm_infinite.graph import (
   AVERAGE,
   COUNT,

@@ -4,9 +4,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 
-from sleep_jax.tasks.base import Example
+from sleep_jax.tasks.base import Example, Question
+from sleep_jax.tasks.draws import Draws
 from sleep_jax.tasks.gsm_infinite.config import GsmInfiniteConfig
-from sleep_jax.tasks.gsm_infinite.draws import Draws
 from sleep_jax.tasks.gsm_infinite.graph import Definition, Parameter, draw_graph
 from sleep_jax.tasks.gsm_infinite.noise import draw_noise
 from sleep_jax.tasks.gsm_infinite.text import (
@@ -94,7 +94,7 @@ class GsmInfinite:
     problem = self.problem(split, index)
     return Example(
       context=f"{problem.question} {problem.problem}",
-      answer=str(problem.answer),
+      questions=(Question(str(problem.answer)),),
       depth=problem.op,
       mode=problem.mode,
     )

@@ -1,6 +1,8 @@
 """Random draws that depend on a key alone."""
 
+import bisect
 import hashlib
+import itertools
 import random
 from collections.abc import Sequence
 from typing import TypeVar
@@ -30,6 +32,12 @@ class Draws:
   def between(self, first: int, last: int) -> int:
     """An integer in first..last."""
     return first + int(self._random() * (last - first + 1))
+
+  def weighted(self, weights: Sequence[float]) -> int:
+    """An index into `weights`, each with a probability proportional to its."""
+    below = list(itertools.accumulate(weights))
+    place = bisect.bisect(below, self._random() * below[-1])
+    return min(place, len(below) - 1)
 
   def streak(self, most: int) -> int:
     """How often a fair coin falls heads in a row: 0..most."""

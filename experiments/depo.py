@@ -1,0 +1,124 @@
+"""Depo with sleep.
+
+  python -m experiments.main --config=experiments/depo.py
+
+The edges of a cycle of named nodes are read in random order, torn over several
+windows, and evicted; then it is asked which node is k hops on from another
+(paper, section 6). `eval/hops_K/loss` and `accuracy` are those of questions of
+k hops alone, over cycles of full length. Sizes:
+  pocket (default): 12 nodes, up to 8 hops, 2 windows; meant for 2 CPU cores,
+    never trained to its end.
+  tiny: under a minute, for tests; learns nothing much.
+  paper: 75 nodes, up to 16 hops, 4 windows, 4 layers, d = 256; for an
+    accelerator, never run.
+  paper_10_layers: the same with 10 layers, d = 512: the paper's text and its
+    figure 3 disagree. Its Jet blocks are Gated DeltaNet here. Never run.
+A comma adds a baseline of `sleep_jax/baselines.py`: `:pocket,deeper`.
+T is the paper's 360 = 4 windows of 75 and 60 places for at most 10 questions,
+each of which reads [9000 + k, name], and writes [answer marker, name].
+"""
+
+import dataclasses
+
+from experiments import sizes
+from sleep_jax.config import (
+  DataConfig,
+  ExperimentConfig,
+  ModelConfig,
+  OptimizerConfig,
+  RunConfig,
+  SleepConfig,
+)
+from sleep_jax.tasks.depo import DepoConfig
+
+
+def pocket() -> ExperimentConfig:
+  """attn -> GDN twice, of width 64: cycles of up to 12 nodes, 4 questions."""
+  return ExperimentConfig(
+    task=DepoConfig(nodes=12, hops=8, queries=4, mini_vocab=8),
+    model=ModelConfig(pattern=((("attn", "gdn"), 2),), width=64),
+    sleep=SleepConfig(passes=4, window_length=24),
+    data=DataConfig(length=72, batch_size=128),
+    optimizer=sizes.POCKET_OPTIMIZER,
+    run=RunConfig(
+      steps=1000,
+      evaluate_every=250,
+      checkpoint_every=250,
+      log_every=20,
+      evaluation_examples=512,
+    ),
+  )
+
+
+def tiny() -> ExperimentConfig:
+  """Everything that pocket does, in seconds."""
+  config = pocket()
+  return dataclasses.replace(
+    config,
+    task=dataclasses.replace(config.task, nodes=6, hops=2, queries=2),
+    model=dataclasses.replace(
+      config.model,
+      pattern=((("attn", "gdn"), 1),),
+      width=32,
+      mlp_width=64,
+      key_dim=16,
+      value_dim=16,
+    ),
+    sleep=dataclasses.replace(config.sleep, passes=2, window_length=12),
+    data=dataclasses.replace(config.data, length=36, batch_size=16),
+    run=sizes.TINY_RUN,
+  )
+
+
+def paper() -> ExperimentConfig:
+  """The paper's Depo: batch 128, Muon 2e-3, AdamW 5e-5, 100k steps."""
+  return ExperimentConfig(
+    task=DepoConfig(),
+    model=ModelConfig(
+      pattern=((("attn", "gdn"), 2),),
+      width=256,
+      fast_weight_heads=4,
+      key_dim=48,
+      value_dim=96,
+      mlp_width=1024,
+    ),
+    sleep=SleepConfig(passes=4, window_length=75),
+    data=DataConfig(length=360, batch_size=128),
+    optimizer=OptimizerConfig(),
+    run=RunConfig(
+      steps=100_000,
+      evaluate_every=2000,
+      checkpoint_every=2000,
+      evaluation_examples=1024,
+    ),
+  )
+
+
+def paper_10_layers() -> ExperimentConfig:
+  """`paper` with the layers and the width that the paper's text names."""
+  config = paper()
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(
+      config.model,
+      pattern=((("attn", "gdn"), 5),),
+      width=512,
+      attention_heads=8,
+      key_value_heads=8,
+      fast_weight_heads=8,
+      mlp_width=2048,
+    ),
+  )
+
+
+SIZES = {
+  "pocket": pocket,
+  "tiny": tiny,
+  "paper": paper,
+  "paper_10_layers": paper_10_layers,
+}
+
+
+def get_config(selection: str = "pocket"):
+  """The config of "SIZE" or "SIZE,BASELINE", as a `ConfigDict`."""
+  return sizes.select(SIZES, selection)

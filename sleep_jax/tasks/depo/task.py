@@ -1,0 +1,173 @@
+"""Cycles of named nodes, and questions about them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from sleep_jax.tasks.base import Example, Question
+from sleep_jax.tasks.draws import Draws
+
+# Symbols are the original's numbers: those of names, then from 9001 on the
+# hops of a query, then the answer marker.
+HOPS = 9000
+MARKER = 9500
+FEWEST_NODES = 3
+
+Name: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DepoConfig:
+  """How long the cycles are, how far is asked, and what nodes are called.
+
+  Raises:
+    ValueError: a value is outside its limits; one line names them all.
+  """
+
+  # Name of the task in experiments.
+  name: str = "depo"
+  # N: nodes of the longest cycle in training, and of each in a test.
+  nodes: int = 75
+  # K: the most hops that are asked for.
+  hops: int = 16
+  # M: the most questions about a cycle; a shorter one has one for each node.
+  queries: int = 10
+  # Tokens of the shortest and of the longest name.
+  name_length: tuple = (1, 2)
+  # V: a name's last token is one of V, those before it are of V others.
+  mini_vocab: int = 50
+  # Whether the answer marker, too, must be predicted.
+  marker_counts: bool = True
+
+  def __post_init__(self):
+    problems = [
+      f"task.{field} = {getattr(self, field)!r}: {rule}"
+      for field, holds, rule in (
+        ("nodes", self.nodes >= FEWEST_NODES, f"use {FEWEST_NODES} or more"),
+        ("hops", 1 <= self.hops < MARKER - HOPS, "use 1..499"),
+        ("queries", self.queries >= 1, "use 1 or more"),
+        ("mini_vocab", 1 <= self.mini_vocab <= HOPS // 2, "use 1..4500"),
+        (
+          "name_length",
+          [type(n) for n in self.name_length] == [int, int]
+          and 1 <= self.name_length[0] <= self.name_length[1],
+          "use two numbers, the shortest's and the longest's, like (1, 2)",
+        ),
+      )
+      if not holds
+    ]
+    if problems:
+      raise ValueError("; ".join(problems))
+    shortest, longest = self.name_length
+    names = sum(self.mini_vocab**n for n in range(shortest, longest + 1))
+    if names < self.nodes:
+      raise ValueError(
+        f"task.nodes = {self.nodes}: there are {names} names of "
+        f"task.name_length = {self.name_length} with task.mini_vocab = "
+        f"{self.mini_vocab}; raise one of these"
+      )
+
+
+class Problem(NamedTuple):
+  """A cycle and what is asked about it.
+
+  Attributes:
+    edges: (node, the next one) in the order of the text.
+    queries: (hops, first node, the node so many hops on).
+  """
+
+  edges: list[tuple[Name, Name]]
+  queries: list[tuple[int, Name, Name]]
+
+
+class Depo:
+  """The task; an example depends on (seed, split, index) alone.
+
+  In "train" a cycle has n = 3..N nodes with probability proportional to
+  1 / (n + sqrt(N)), and each question asks for a number of hops of its own,
+  1..K. The other splits have n = N, and one number of hops each: the powers of
+  two up to K, and K.
+  """
+
+  modes: Sequence[str] = ("cycle",)
+  text_separator: str = " "
+
+  def __init__(self, config: DepoConfig, seed: int):
+    self._config = config
+    self._seed = seed
+    powers = {2**i for i in range(config.hops.bit_length())}
+    self._hops = {f"hops_{k}": k for k in sorted({*powers, config.hops})}
+    self.eval_splits: Sequence[str] = tuple(self._hops)
+    size = config.mini_vocab
+    self._ends = tuple(map(str, range(size + 1, 2 * size + 1)))
+    self.vocabulary: Sequence[str] = (
+      *map(str, range(1, size + 1)),
+      *self._ends,
+      *(str(HOPS + k) for k in range(1, config.hops + 1)),
+    )
+    root = math.sqrt(config.nodes)
+    self._weights = [
+      1 / (n + root) for n in range(FEWEST_NODES, config.nodes + 1)
+    ]
+
+  def size(self, split: str) -> None:
+    """None: a split never ends."""
+    self._check(split)
+
+  def example(self, split: str, index: int) -> Example:
+    """The example at `index`: edges, and questions "9000 + k, name"."""
+    problem = self.problem(split, index)
+    return Example(
+      context=" ".join(_text(u) + " " + _text(v) for u, v in problem.edges),
+      questions=tuple(
+        Question(prompt=f"{HOPS + k} {_text(start)}", answer=_text(end))
+        for k, start, end in problem.queries
+      ),
+      depth=max(k for k, _, _ in problem.queries),
+      mode="cycle",
+      answer_ends=self._ends,
+      marker_counts=self._config.marker_counts,
+    )
+
+  def problem(self, split: str, index: int) -> Problem:
+    """The cycle and its questions at `index` of `split`."""
+    self._check(split)
+    config = self._config
+    draws = Draws(self._seed, split, index)
+    size = config.nodes
+    if split == "train":
+      size = FEWEST_NODES + draws.weighted(self._weights)
+    names: dict[Name, None] = {}  # the order counts, as a set's does not
+    while len(names) < size:
+      names[self._name(draws)] = None
+    cycle = list(names)
+    edges = [(name, cycle[(i + 1) % size]) for i, name in enumerate(cycle)]
+    starts = draws.sample(range(size), min(size, config.queries))
+    hops = [
+      self._hops.get(split) or draws.between(1, config.hops) for _ in starts
+    ]
+    return Problem(
+      draws.sample(edges, size),
+      [
+        (k, cycle[start], cycle[(start + k) % size])
+        for k, start in zip(hops, starts, strict=True)
+      ],
+    )
+
+  def _name(self, draws: Draws) -> Name:
+    size = self._config.mini_vocab
+    before = draws.between(*self._config.name_length) - 1
+    return (
+      *(draws.between(1, size) for _ in range(before)),
+      draws.between(size + 1, 2 * size),
+    )
+
+  def _check(self, split: str) -> None:
+    splits = ("train", *self.eval_splits)
+    if split not in splits:
+      raise ValueError(f"split {split!r}: use one of {splits}")
+
+
+def _text(name: Name) -> str:
+  return " ".join(map(str, name))
