@@ -72,7 +72,7 @@ def _device(target):
   import jax
   from jax.experimental import topologies
 
-  from pallas_kernels.gated_delta.compile_report import CHIPS
+  from pallas_kernels.chips import CHIPS
 
   if not target:
     return jax.devices()[0]

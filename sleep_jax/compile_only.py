@@ -40,7 +40,7 @@ from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.gated_delta.compile_report import CHIPS, H100
+from pallas_kernels.chips import CHIPS, H100, H100_FLOPS
 from sleep_jax import hlo
 from sleep_jax.config import ExperimentConfig
 from sleep_jax.data.pipeline import Batch
@@ -111,8 +111,8 @@ class Report:
   )
 
 
-# SXM, by NVIDIA's data sheet and `H100`; it sends nothing, being alone.
-_H100_PEAKS = Peaks(989e12, 3.35e12, math.inf, 84_929_347_584)
+# It sends nothing, being alone.
+_H100_PEAKS = Peaks(H100_FLOPS, 3.35e12, math.inf, 84_929_347_584)
 _MOST_CHIPS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
 _SMALL = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}
 

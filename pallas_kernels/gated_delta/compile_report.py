@@ -29,51 +29,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from typing import NamedTuple
 
-
-class Chip(NamedTuple):
-  """A JAX device: topology to compile for, clock, cores, units, HBM, links.
-
-  HBM and links by the makers' pages on each generation (Cloud TPU); v4's links
-  by Jouppi et al., 2023: six of 50 GB/s. Of two directions, one counts.
-  """
-
-  topology: str
-  gigahertz: float
-  cores: int
-  # Matrix units of a core, and their side A; clock x units x A^2 x 2 fits the
-  # makers' peaks in bfloat16.
-  units: int
-  side: int
-  gigabytes_per_second: float
-  gibibytes: int
-  links_gigabytes_per_second: float
-
-  @property
-  def teraflops(self) -> float:
-    """Of all matrix units, in bfloat16."""
-    return 2e-3 * self.gigahertz * self.cores * self.units * self.side**2
-
-
-CHIPS = {
-  "v4": Chip("v4:2x2x1", 1.05, 2, 4, 128, 1228, 32, 300),
-  "v5e": Chip("v5e:2x2", 1.5, 1, 4, 128, 819, 16, 200),
-  "v5p": Chip("v5p:2x2x1", 1.75, 2, 4, 128, 2765, 95, 600),
-  "v6e": Chip("v6e:2x2", 1.75, 1, 4, 256, 1640, 32, 400),
-  # A device is one of the chip's two cores.
-  "tpu7x": Chip("tpu7x:2x2x1", 2.2, 1, 4, 256, 3690, 96, 300),
-}
-H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
-shared_memory_per_block: 49152 shared_memory_per_core: 233472
-threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
-cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
-registers_per_block_limit: 65536 } platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 }
-device_description_str: "NVIDIA H100 80GB HBM3" """
+from pallas_kernels.chips import CHIPS, H100
 
 
 def matrix_floor(shape, direction, chip):

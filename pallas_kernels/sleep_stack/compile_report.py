@@ -35,8 +35,8 @@ import re
 import tempfile
 from typing import NamedTuple
 
+from pallas_kernels.chips import CHIPS
 from pallas_kernels.gated_delta.compile_report import (
-  CHIPS,
   command_line,
   tpu_kernel,
 )

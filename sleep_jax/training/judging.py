@@ -157,7 +157,7 @@ def _score(
   rows: Int[np.ndarray, "n"],
 ) -> dict[str, Any]:
   count = len(answers)
-  right = (tokens_right | ~answer_mask).all(axis=1)
+  right = np.all(tokens_right | ~answer_mask, axis=1)
   accuracy = float(right.mean())
   constant_right = sum(
     max(Counter(answer[i] for answer in answers if i < len(answer)).values())

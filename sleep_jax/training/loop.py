@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from pallas_kernels.chips import peak_flops
 from sleep_jax.config import ExperimentConfig
 from sleep_jax.data import pipeline
 from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
@@ -308,6 +309,10 @@ class _Lines:
       means["skipped_steps"] = int(values["skipped_steps"][-1])
     if self.flops is not None:
       means["model_flops_per_second"] = rate * self.flops
+      if peak := peak_flops(jax.devices()[0].device_kind):
+        means["model_flop_utilization"] = (
+          rate * self.flops / (jax.device_count() * peak)
+        )
     learning_rate = config.optimizer.muon_learning_rate
     self._writer.write(
       step,
