@@ -196,6 +196,7 @@ def test_it_writes_what_evaluation_scores(variant, seed, settings):
   assert len(answers) > 1
 
 
+@pytest.mark.slow
 def test_it_talks_to_a_converted_model(tmp_path):
   """Random weights, but the model's own tokenizer: text in, sleep, text out."""
   words = ["?", "bear", "barn", "=", "8", "."]
