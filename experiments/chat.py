@@ -19,7 +19,8 @@ from experiments import main as command
 _HELP = """\
 TEXT            read a text
 /tokens 3 4 5   read token ids
-/ask [TEXT]     read the text, put the answer marker, and answer
+/ask [TEXT]     read the text, put the answer marker, and answer; where
+                questions are read awake (Depo), the text is the question
 /sleep          sleep now, on a window that is not full
 /passes N       passes of the sleeps to come
 /save FILE      keep what was read so far
@@ -34,7 +35,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 
 
 def load_run(workdir: Path):
-  """(config, model, parameters, tokenizer) of a run's folder.
+  """(config, model, parameters, tokenizer, example) of a run's folder.
 
   A run that only judged has no parameters of its own, but those of its
   `run.init_from`.
@@ -56,24 +57,30 @@ def load_run(workdir: Path):
       f"{workdir}/config.json cannot be read ({error.strerror}): give the "
       "--workdir of a run"
     ) from error
-  _, tokenizer = task_and_tokenizer(config)
+  task, tokenizer = task_and_tokenizer(config)
   model = HybridLM(config.model, vocabulary_size(config, tokenizer))
   source = workdir
   if config.run.init_from and not checkpoints.is_started(workdir):
     source = config.run.init_from
   params = checkpoints.restore_params(source, init_params(model, 0))
-  return config, model, params, tokenizer
+  example = task.example(task.eval_splits[0], 0)
+  return config, model, params, tokenizer, example
 
 
 class Chat:
-  """One sequence, and the commands on it; each returns the lines to print."""
+  """One sequence, and the commands on it; each returns the lines to print.
 
-  def __init__(self, config, model, params, tokenizer, **generation):
+  The example shows how the task asks, and how its answers end.
+  """
+
+  def __init__(
+    self, config, model, params, tokenizer, example, max_tokens, **generation
+  ):
     from sleep_jax.session import Session
 
     sleep = config.sleep
     if sleep.eviction == "none":  # one window over the whole row
-      room = config.data.length + generation["max_tokens"]
+      room = config.data.length + max_tokens
       sleep = dataclasses.replace(sleep, window_length=room)
     self._session = Session(model, sleep)
     # Answers start a window, or follow the context in its last one.
@@ -81,7 +88,14 @@ class Chat:
       config.data.align_answer and config.sleep.eviction != "none"
     )
     self._params, self._tokenizer = params, tokenizer
-    self._generation = generation
+    self._max_tokens, self._generation = max_tokens, generation
+    self._has_prompts = any(question.prompt for question in example.questions)
+    self._stops = {
+      *(i for end in example.answer_ends for i in tokenizer.encode(end)),
+      tokenizer.end_id,
+    }
+    # Whether the window is one of answers, in which one more may be asked.
+    self._answers = False
     self._passes = config.sleep.passes
     self._state = self._session.start(1)
 
@@ -91,11 +105,11 @@ class Chat:
     Raises:
       ValueError, OSError: it cannot be done; nothing has changed.
     """
-    before = self._state
+    before = self._state, self._answers
     try:
       return self._do(line)
     except (ValueError, OSError):
-      self._state = before
+      self._state, self._answers = before
       raise
 
   def _do(self, line):
@@ -119,6 +133,7 @@ class Chat:
       return [f"saved: {Path(rest).stat().st_size} bytes"]
     if command == "/load":
       self._state = session_files.load(_file(rest), self._session, self._params)
+      self._answers = False
       return [self._place()]
     if command == "/new":
       self._state = self._session.start(1)
@@ -131,6 +146,7 @@ class Chat:
     """Reads tokens a window at a time, so that no sleep goes unseen."""
     if not ids:
       raise ValueError("nothing to read: type a text, or /help")
+    self._answers = False
     lines, size = [], self._session.config.window_length
     for start in range(0, len(ids), size):
       state = self._session.feed(
@@ -150,7 +166,9 @@ class Chat:
     return lines or ["nothing to sleep on"]
 
   def _ask(self, ids) -> list[str]:
-    lines = []
+    lines, prompt = [], []
+    if self._has_prompts:
+      ids, prompt = [], ids
     if self._sleeps_before_answers:
       # A row that starts here is padded on its left to whole windows.
       first = len(ids) % self._session.config.window_length
@@ -160,20 +178,26 @@ class Chat:
     if ids:
       lines += self._read(ids)[:-1]
     # A full window of context sleeps as the marker arrives.
-    if self._sleeps_before_answers and int(self._state.length[0]):
+    if (
+      self._sleeps_before_answers
+      and int(self._state.length[0])
+      and not (self._has_prompts and self._answers)
+    ):
       lines += self._sleep()
-    lines += self._read([self._tokenizer.marker_id])[:-1]
-    tokens, lengths, state = self._session.generate(
-      self._params,
-      self._state,
-      stop=self._tokenizer.end_id,
-      # A window with an answer in it was trained awake.
-      passes=1,
-      **self._generation,
-    )
+    lines += self._read([*prompt, self._tokenizer.marker_id])[:-1]
+    answer, state = [], self._state
+    while len(answer) < self._max_tokens and not self._stops & {*answer}:
+      tokens, _, state = self._session.generate(
+        self._params,
+        state,
+        max_tokens=1,
+        # A window with an answer in it was trained awake.
+        passes=1,
+        **self._generation,
+      )
+      answer += tokens[0].tolist()
     lines += self._slept(state)
-    self._state = state
-    answer = tokens[0, : lengths[0]].tolist()
+    self._state, self._answers = state, True
     return [*lines, f"answer: {self._tokenizer.decode(answer)}", self._place()]
 
   def _slept(self, state) -> list[str]:

@@ -12,7 +12,7 @@ k hops alone, over cycles of full length. Sizes:
   paper: 75 nodes, up to 16 hops, 4 windows, 4 layers, d = 256; for an
     accelerator, never run.
   paper_10_layers: the same with 10 layers, d = 512: the paper's text and its
-    figure 3 disagree. Its Jet blocks are Gated DeltaNet here. Never run.
+    figure 3 disagree. Jet blocks in place of Gated DeltaNet. Never run.
 A comma adds a baseline of `sleep_jax/baselines.py`: `:pocket,deeper`.
 T is the paper's 360 = 4 windows of 75 and 60 places for at most 10 questions,
 each of which reads [9000 + k, name], and writes [answer marker, name].
@@ -101,7 +101,7 @@ def paper_10_layers() -> ExperimentConfig:
     config,
     model=dataclasses.replace(
       config.model,
-      pattern=((("attn", "gdn"), 5),),
+      pattern=((("attn", "jet"), 5),),
       width=512,
       attention_heads=8,
       key_value_heads=8,

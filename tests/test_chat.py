@@ -11,12 +11,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import automaton, chat, math
+from experiments import automaton, chat, depo, math
 from sleep_jax.data import pipeline
 from sleep_jax.data.source import task_and_tokenizer
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.pretrained import convert
 from sleep_jax.tasks import make_task
+from sleep_jax.tasks.depo import DepoConfig
 from sleep_jax.training.evaluate import greedy_decode
 from sleep_jax.training.step import init_params, make_predict
 from tests import hf_folders
@@ -181,7 +182,8 @@ def test_it_writes_what_evaluation_scores(variant, seed, settings):
     make_predict(model, config), passes=config.sleep.passes
   )
   written = greedy_decode(predict, params, batch)
-  talk = chat.Chat(config, model, params, tokenizer, max_tokens=3)
+  example = task.example("heldout", 0)
+  talk = chat.Chat(config, model, params, tokenizer, example, max_tokens=3)
   answers = set()
   for row in range(6):
     mask = batch.loss_mask[row]
@@ -221,3 +223,46 @@ def test_it_talks_to_a_converted_model(tmp_path):
   session.run(f"/save {tmp_path / 'file'}")
   session.run("/new")
   assert session.run(f"/load {tmp_path / 'file'}") == [place]
+
+
+@pytest.mark.slow
+def test_it_answers_one_question_after_another():
+  """Depo, one token a name: against `greedy_decode`, with random parameters."""
+  config = depo.tiny()
+  config = dataclasses.replace(
+    config,
+    task=DepoConfig(
+      nodes=6, hops=3, queries=3, name_length=(1, 1), marker_counts=False
+    ),
+    data=dataclasses.replace(config.data, length=24),
+  )
+  task, tokenizer = task_and_tokenizer(config)
+  model = HybridLM(config.model, tokenizer.vocab_size)
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, x: 30 * x if "o_proj" in str(path) else x,
+    init_params(model, 1),
+  )
+  (batch,) = pipeline.eval_batches(
+    *(task, tokenizer, "hops_2", 4),
+    batch_size=4,
+    length=24,
+    window_length=12,
+    align_answer=True,
+  )
+  predict = functools.partial(make_predict(model, config), passes=2)
+  written = greedy_decode(predict, params, batch)
+  answers = set()
+  for row in range(4):
+    example = task.example("hops_2", row)
+    talk = chat.Chat(config, model, params, tokenizer, example, max_tokens=1)
+    talk.run(example.context)
+    for i, question in enumerate(example.questions):
+      *slept, answer, place = talk.run(f"/ask {question.prompt}")
+      assert len(slept) == (i == 0)
+      token = int(written[row, 12 + 4 * i + 2])
+      assert answer == f"answer: {tokenizer.decode([token])}"
+      assert (
+        place == f"window {4 * i + 4}/12, {16 + 4 * i} tokens read, 1 sleeps"
+      )
+      answers.add(answer)
+  assert len(answers) > 1

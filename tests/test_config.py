@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import automaton, math
+from experiments import automaton, depo, math
 from sleep_jax.config import (
   ExperimentConfig,
   SleepConfig,
@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
   "module, size",
   [(math, size) for size in math.SIZES]
-  + [(automaton, size) for size in automaton.SIZES],
+  + [(automaton, size) for size in automaton.SIZES]
+  + [(depo, size) for size in depo.SIZES],
 )
 def test_every_size_is_valid_and_comes_back_unchanged(module, size):
   config = module.SIZES[size]()

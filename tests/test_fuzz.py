@@ -221,8 +221,9 @@ def test_mutated_lines_of_problems(
   tokenizer = make_tokenizer("words", task.vocabulary, task.text_separator)
   for index in range(task.size("train")):
     example = task.example("train", index)
-    ids = tokenizer.encode(example.context), tokenizer.encode(example.answer)
+    ids = tokenizer.encode(example.context)
+    part = pipeline.prediction_part(example, tokenizer)
     try:
-      pipeline.lay_out(*ids, tokenizer, 3000, 1000, True)
+      pipeline.lay_out(ids, *part, tokenizer.pad_id, 3000, 1000, True)
     except ValueError as error:
       assert "\n" not in str(error)

@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_refused_with_the_fix(
 
 
 def test_an_answer_beyond_its_length_is_refused_with_the_fix():
-  ids = [11], [21, 22], DIGITS
+  ids = [11], *part(21, 22), PAD
   with pytest.raises(ValueError, match="answer_length = 2: set it to at least"):
     lay_out(*ids, 8, 4, True, answer_length=2)
   for enough in (0, 3):

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from sleep_jax.config import ModelConfig, SleepConfig
+from sleep_jax.data.pipeline import eval_batches
+from sleep_jax.data.tokenizers import make_tokenizer
 from sleep_jax.model.fast_weights import init_fast_weights
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.rollout import rollout
+from sleep_jax.tasks.depo import Depo, DepoConfig
 from tests import naive
 
 VOCABULARY = 11
@@ -235,6 +238,46 @@ def test_loss_and_gradients_equal_the_naive_loop(
 ):
   mine, expected = mine_and_naive(config, sleep, dtype)
   assert_equal(mine, expected, tolerance)
+
+
+@pytest.mark.slow
+def test_padding_of_depo_s_rows_leaves_no_trace():
+  """Short cycles, several questions: against the naive loop without padding."""
+  config = DepoConfig(nodes=6, hops=2, queries=2, mini_vocab=2)
+  task = Depo(config, seed=0)
+  (batch,) = eval_batches(
+    task,
+    make_tokenizer("words", task.vocabulary, task.text_separator),
+    "train",
+    5,
+    batch_size=5,
+    length=36,
+    window_length=12,
+    align_answer=True,
+  )
+  rows = [
+    [
+      (inputs[valid], targets[valid], mask[valid]) if valid.any() else None
+      for inputs, targets, mask, valid in zip(
+        *(x[row].reshape(3, 12) for x in batch[:4]), strict=True
+      )
+    ]
+    for row in range(5)
+  ]
+  assert {row[0] is None for row in rows} == {True, False}
+  sleep = SleepConfig(passes=2, window_length=12)
+  noise = np.random.default_rng(0).integers(1, VOCABULARY, (5, 36))
+  noisy = batch._replace(
+    inputs=np.where(batch.valid, batch.inputs, noise).astype(np.int32),
+    targets=np.where(batch.loss_mask, batch.targets, noise).astype(np.int32),
+  )
+  with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+    model, params = make(SMALL)
+    expected = sum(naive.loss_sum(SMALL, params, row, sleep)[0] for row in rows)
+    results = [run(model, params, b[:4], sleep) for b in (batch, noisy)]
+  for result in results:
+    np.testing.assert_allclose(result.loss_sum, expected, rtol=1e-12)
+  np.testing.assert_array_equal(*(x.predictions for x in results))
 
 
 @pytest.mark.slow
