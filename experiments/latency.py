@@ -28,14 +28,6 @@ _BLOCK = 32
 # Whole windows take long, and average over themselves.
 _ROUNDS_A_WINDOW = 4
 
-_PASSES = flags.DEFINE_list("passes", ["1", "2", "4", "8"], "N of the sleeps")
-_HISTORIES = flags.DEFINE_list(
-  "histories", ["1", "4", "16", "64"], "in windows"
-)
-_ROUNDS = flags.DEFINE_integer("rounds", 16, "readings of each cell", 4)
-_JSON = flags.DEFINE_string("json", None, "file for all numbers")
-_PLOT = flags.DEFINE_string("plot", None, "file for the figure (PNG)")
-
 
 def default_config():
   """Fast weights as large as attention: their blocks have equal parameters."""
@@ -289,9 +281,10 @@ def main(_):
   from sleep_jax.config import from_config_dict
   from sleep_jax.training.workdir import write_atomically
 
+  given = flags.FLAGS
   try:
     numbers = [
-      sorted({int(x) for x in flag.value}) for flag in (_PASSES, _HISTORIES)
+      sorted({int(x) for x in some}) for some in (given.passes, given.histories)
     ]
     if any(not some or some[0] < 1 for some in numbers):
       raise ValueError("--passes, --histories: give whole numbers from 1 on")
@@ -303,19 +296,24 @@ def main(_):
         "the config's model never sleeps, or its window is one token: set "
         "sleep.eviction to 'hard' and sleep.window_length above 1"
       )
-    report = measure(config, *numbers, _ROUNDS.value)
+    report = measure(config, *numbers, given.rounds)
     said = verdicts(report)
     print(table(report), *said, sep="\n")
-    if _JSON.value:
+    if given.json:
       text = json.dumps(report | {"verdicts": said}, indent=2) + "\n"
-      write_atomically(_JSON.value, text)
-    if _PLOT.value:
-      figures.latency(report, _PLOT.value)
+      write_atomically(given.json, text)
+    if given.plot:
+      figures.latency(report, given.plot)
   except (ValueError, OSError) as error:
     command.fail(error)
 
 
 if __name__ == "__main__":
+  flags.DEFINE_list("passes", ["1", "2", "4", "8"], "N of the sleeps")
+  flags.DEFINE_list("histories", ["1", "4", "16", "64"], "in windows")
+  flags.DEFINE_integer("rounds", 16, "readings of each cell", 4)
+  flags.DEFINE_string("json", None, "file for all numbers")
+  flags.DEFINE_string("plot", None, "file for the figure (PNG)")
   app.run(
     main, flags_parser=functools.partial(command.parse, needs_config=False)
   )

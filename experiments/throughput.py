@@ -30,12 +30,6 @@ _LEAST_WINDOWS = 4
 # From here on the paper's figure has windows cost little.
 _LONG = 256
 
-_WINDOWS = flags.DEFINE_list("windows", ["64", "256", "512"], "L")
-_PASSES = flags.DEFINE_list("passes", ["1", "2", "4"], "N of the sleeps")
-_ROUNDS = flags.DEFINE_integer("rounds", 12, "steps of each cell", 4)
-_JSON = flags.DEFINE_string("json", None, "file for all numbers")
-_PLOT = flags.DEFINE_string("plot", None, "file for the figure (PNG)")
-
 
 def default_config():
   """Four blocks; rows enough that a window of 256 keeps a CPU busy."""
@@ -215,9 +209,10 @@ def main(_):
   from sleep_jax.config import from_config_dict
   from sleep_jax.training.workdir import write_atomically
 
+  given = flags.FLAGS
   try:
     windows, passes = (
-      sorted({int(x) for x in flag.value}) for flag in (_WINDOWS, _PASSES)
+      sorted({int(x) for x in some}) for some in (given.windows, given.passes)
     )
     if any(not some or some[0] < 1 for some in (windows, passes)):
       raise ValueError("--windows, --passes: give whole numbers from 1 on")
@@ -229,19 +224,24 @@ def main(_):
         "the config's model has one window and never sleeps: set "
         "sleep.eviction to 'hard' or 'sliding'"
       )
-    report = measure(config, windows, passes, _ROUNDS.value)
+    report = measure(config, windows, passes, given.rounds)
     said = verdicts(report)
     print(table(report), *said, sep="\n")
-    if _JSON.value:
+    if given.json:
       text = json.dumps(report | {"verdicts": said}, indent=2) + "\n"
-      write_atomically(_JSON.value, text)
-    if _PLOT.value:
-      figures.throughput(report, _PLOT.value)
+      write_atomically(given.json, text)
+    if given.plot:
+      figures.throughput(report, given.plot)
   except (ValueError, OSError) as error:
     command.fail(error)
 
 
 if __name__ == "__main__":
+  flags.DEFINE_list("windows", ["64", "256", "512"], "L")
+  flags.DEFINE_list("passes", ["1", "2", "4"], "N of the sleeps")
+  flags.DEFINE_integer("rounds", 12, "steps of each cell", 4)
+  flags.DEFINE_string("json", None, "file for all numbers")
+  flags.DEFINE_string("plot", None, "file for the figure (PNG)")
   app.run(
     main, flags_parser=functools.partial(command.parse, needs_config=False)
   )
