@@ -33,17 +33,17 @@ from sleep_jax.tasks.depo import DepoConfig
 
 
 def pocket() -> ExperimentConfig:
-  """attn -> GDN twice, of width 64: cycles of up to 12 nodes, 4 questions."""
+  """attn -> GDN of width 64: cycles of up to 12 nodes, 4 questions."""
   return ExperimentConfig(
     task=DepoConfig(nodes=12, hops=8, queries=4, mini_vocab=8),
-    model=ModelConfig(pattern=((("attn", "gdn"), 2),), width=64),
+    model=ModelConfig(pattern=((("attn", "gdn"), 1),), width=64),
     sleep=SleepConfig(passes=4, window_length=24),
-    data=DataConfig(length=72, batch_size=128),
+    data=DataConfig(length=72, batch_size=64),
     optimizer=sizes.POCKET_OPTIMIZER,
     run=RunConfig(
-      steps=1000,
-      evaluate_every=250,
-      checkpoint_every=250,
+      steps=800,
+      evaluate_every=200,
+      checkpoint_every=200,
       log_every=20,
       evaluation_examples=512,
     ),
@@ -58,7 +58,6 @@ def tiny() -> ExperimentConfig:
     task=dataclasses.replace(config.task, nodes=6, hops=2, queries=2),
     model=dataclasses.replace(
       config.model,
-      pattern=((("attn", "gdn"), 1),),
       width=32,
       mlp_width=64,
       key_dim=16,
