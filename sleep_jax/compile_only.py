@@ -283,6 +283,11 @@ def report(name: str, program: Program, target: Target, mesh, passes) -> Report:
   Args:
     passes: N, which loops of unknown trips count.
   """
+  plain = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.arguments
+  )
+  # Without the mesh: for this machine, which has no kernels.
+  flops = count_flops(program.function, *plain, unknown_trips=passes)
   capacity, began = target.peaks.capacity, time.perf_counter()
   try:
     with jax.set_mesh(mesh):
@@ -306,11 +311,6 @@ def report(name: str, program: Program, target: Target, mesh, passes) -> Report:
     + memory.generated_code_size_in_bytes
   )
   traffic = hlo.traffic(compiled.as_text(), mesh.size, passes)
-  plain = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.arguments
-  )
-  # Without the mesh: for this machine, which has no kernels.
-  flops = count_flops(program.function, *plain, unknown_trips=passes)
   used = {
     "compute": flops.products / mesh.size / target.peaks.flops,
     "HBM": traffic.hbm / target.peaks.hbm,

@@ -52,7 +52,7 @@ _ELEMENTWISE = frozenset(
 _REDUCTIONS = frozenset(
   """argmax argmin cumlogsumexp cummax cummin cumprod cumsum reduce_and
   reduce_max reduce_min reduce_or reduce_prod reduce_scatter reduce_sum
-  reduce_xor""".split()
+  reduce_xor top_k""".split()
 )
 _SCATTERS = frozenset(
   "scatter-add scatter-max scatter-min scatter-mul scatter-sub".split()
