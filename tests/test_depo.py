@@ -51,7 +51,7 @@ def test_the_checker_confirms_every_problem(config, split):
 )
 @pytest.mark.parametrize("split", ["train", "hops_16"])
 def test_the_checker_confirms_ten_thousand_problems(names, split, tmp_path):
-  """In processes of their own: types are not checked there, which takes long."""
+  """In processes of their own, where checks of types take no time."""
   path = str(tmp_path / "problems.jsonl")
   program = [sys.executable, "-m", "sleep_jax.tasks.depo"]
   options = ["--count=2500", f"--split={split}", *names.split()]
