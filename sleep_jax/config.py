@@ -65,7 +65,7 @@ def _type_violations(name: str, value: Any, default: Any):
 def _pattern(name: str, value: str):
   try:
     re.compile(value)
-  except re.error as error:
+  except (re.error, OverflowError, RecursionError) as error:
     yield f"{name} = {value!r}: must be a regular expression ({error})"
 
 
