@@ -420,6 +420,10 @@ def test_a_kernel_is_chosen_on_its_own_device(monkeypatch):
   assert api.choose(*arrays)[0] == "pallas_tpu"
   expected, _ = numpy_rule("gated_delta", *arrays)
   np.testing.assert_allclose(o, expected, atol=1e-5)
+  assert api.choose(*as_arrays(inputs(7), jnp.float32)) == (
+    "chunked_xla",
+    "7 tokens do not fill the rows of a kernel's tile",
+  )
   with jax.enable_x64(True):
     arrays[-1] = arrays[-1].astype(jnp.float64)
     assert api.choose(*arrays) == (

@@ -27,6 +27,10 @@ CANNOT_SERVE = {
   "pallas_gpu": pallas_gpu.cannot_serve,
 }
 
+# Decoding a token is all state and no products. The kernels take so few only
+# when forced: on a TPU 12 heads of 96 x 256 at once exceed its VMEM.
+_LEAST_TOKENS = 8
+
 
 def gated_delta_rule(
   q, k, v, g, beta, initial_state, *, implementation: str | None = None
@@ -95,6 +99,8 @@ def choose(q, k, v, g, beta, initial_state) -> tuple[str, str]:
     return fallback, f"there is no kernel for {platform}"
   if platform == "gpu" and not _is_hopper(kind, here):
     return fallback, f"the kernel is for Hopper GPUs, not {kind}"
+  if (length := q.shape[1]) < _LEAST_TOKENS:
+    return fallback, f"{length} tokens do not fill the rows of a kernel's tile"
   if reason := CANNOT_SERVE[name](q, k, v, g, beta, initial_state):
     return fallback, reason
   if not here:
