@@ -5,6 +5,7 @@ Any leaf of the config can be overridden: `--config.sleep.passes=4`. Exit code
 2, with one line, when the config, the data or the workdir cannot be used.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -19,19 +20,6 @@ WORKDIR = flags.DEFINE_string(
   None,
   "folder of the run (default: runs/<config>[-<size>][-<baseline>])",
 )
-CLUSTER = flags.DEFINE_bool(
-  "cluster",
-  False,
-  "one of several processes that a TPU pod, SLURM or GKE has started",
-)
-COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "of several processes started by hand: host:port of 0"
-)
-PROCESSES = flags.DEFINE_integer("processes", None, "how many there are", 1)
-PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0", 0)
-TIMEOUT = flags.DEFINE_integer(
-  "timeout", 300, "seconds to wait for a process that is missing", 1
-)
 
 
 def fail(message: object):
@@ -44,17 +32,16 @@ def join_processes():
   """Joins the other processes of the run, if the flags say that there are."""
   from sleep_jax.parallel import distributed
 
-  given = [
-    x is not None for x in (COORDINATOR.value, PROCESSES.value, PROCESS.value)
-  ]
-  if any(given) and not all(given):
+  given = flags.FLAGS
+  by_hand = given.coordinator, given.processes, given.process
+  if None in by_hand and by_hand != (None, None, None):
     fail("--coordinator, --processes and --process belong together")
-  if not any(given) and not CLUSTER.value:
+  if None in by_hand and not given.cluster:
     return
+  if given.coordinator and not re.fullmatch(r".+:\d+", given.coordinator):
+    fail(f"--coordinator={given.coordinator}: give it as HOST:PORT")
   try:
-    distributed.start(
-      TIMEOUT.value, COORDINATOR.value, PROCESSES.value, PROCESS.value
-    )
+    distributed.start(given.timeout, *by_hand)
   except ValueError as error:
     fail(error)
 
@@ -123,4 +110,15 @@ def main(_):
 
 
 if __name__ == "__main__":
+  flags.DEFINE_bool(
+    "cluster", False, "one of several processes that a cluster has started"
+  )
+  flags.DEFINE_string(
+    "coordinator", None, "of processes started by hand: host:port of process 0"
+  )
+  flags.DEFINE_integer("processes", None, "how many there are", 1)
+  flags.DEFINE_integer("process", None, "which one this is, from 0", 0)
+  flags.DEFINE_integer(
+    "timeout", 300, "seconds to wait for a process that is missing", 1
+  )
   app.run(main, flags_parser=parse)

@@ -239,7 +239,13 @@ def jet_nemotron_2b() -> ExperimentConfig:
 
 
 def sliding(config: ExperimentConfig) -> ExperimentConfig:
-  """L = 512 and sliding eviction; a first epoch of new layers, evicted hard."""
+  """L = 512 and sliding eviction; a first epoch of new layers, evicted hard.
+
+  Raises:
+    ValueError: the model has no new layers.
+  """
+  if "inserted_jet" not in str(config.model.pattern):
+    raise ValueError("variant 'sliding' is for a model with inserted layers")
   return dataclasses.replace(
     config,
     sleep=dataclasses.replace(

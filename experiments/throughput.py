@@ -33,13 +33,18 @@ _LONG = 256
 
 def default_config():
   """Four blocks; rows enough that a window of 256 keeps a CPU busy."""
+  import jax
+
   from sleep_jax.config import ExperimentConfig, ModelConfig
 
   config = ExperimentConfig(
     model=ModelConfig(pattern=((("attn", "gdn"), 2),), width=128, mlp_width=512)
   )
   return dataclasses.replace(
-    config, data=dataclasses.replace(config.data, length=2048, batch_size=2)
+    config,
+    data=dataclasses.replace(
+      config.data, length=2048, batch_size=2 * jax.device_count()
+    ),
   )
 
 
@@ -63,6 +68,7 @@ def cells(config, windows, passes) -> list[dict[str, Any]]:
         length=length // rows,
         batch_size=config.data.batch_size * rows,
         align_answer=False,
+        answer_length=0,
       ),
     )
     return {"config": changed, "window": window, "passes": n, "kind": kind}

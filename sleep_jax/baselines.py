@@ -21,7 +21,6 @@ from sleep_jax.data.pipeline import Batch
 from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
 from sleep_jax.flops import Flops, count_flops
 from sleep_jax.model.hybrid_lm import HybridLM
-from sleep_jax.model.update_rules import UPDATE_RULES
 from sleep_jax.training import optimizers
 from sleep_jax.training.step import TrainState, init_params, make_train_step
 
@@ -46,8 +45,7 @@ def train_step_flops(config: ExperimentConfig, vocabulary_size: int) -> Flops:
   mask: Any = jax.ShapeDtypeStruct(rows, jnp.bool_)
   label: Any = jax.ShapeDtypeStruct(rows[:1], jnp.int32)
   batch = Batch(tokens, tokens, mask, mask, label, label)
-  if "chunked_xla" in UPDATE_RULES[config.model.update_rule].implementations:
-    config = _replace(config, model=dict(implementation="chunked_xla"))
+  config = dataclasses.replace(config, model=config.model.portable())
   model = HybridLM(config.model, vocabulary_size)
   optimizer = optimizers.optimizer(config.optimizer, max(config.run.steps, 1))
   params = jax.eval_shape(lambda: init_params(model, config.run.seed))

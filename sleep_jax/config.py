@@ -26,6 +26,7 @@ MIXERS = ("attn", "swa", "gdn", "jet", "inserted_jet")
 ATTENTION = ("attn", "swa")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 EVICTIONS = ("hard", "sliding", "none")
+PORTABLE = ("chunked_xla", "reference")
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
@@ -103,7 +104,8 @@ class ModelConfig:
   # How S learns: one of `model.update_rules.UPDATE_RULES`.
   update_rule: str = "gated_delta"
   # The code that computes it: "" is the best for the machine; else one of
-  # `pallas_kernels.gated_delta.api.IMPLEMENTATIONS` that the rule has.
+  # `pallas_kernels.gated_delta.api.IMPLEMENTATIONS` that the rule has. With one
+  # of PORTABLE attention takes no kernel either.
   implementation: str = ""
   # Taps of the causal depthwise convolution on q, k and v.
   convolution_size: int = 4
@@ -200,6 +202,12 @@ class ModelConfig:
         f"model.generator_reduction = {self.generator_reduction}: must be at "
         f"most model.fast_weight_heads x model.value_dim = {generated}"
       )
+
+  def portable(self) -> "ModelConfig":
+    """The same model without kernels, which counts the same on any machine."""
+    has = UPDATE_RULES[self.update_rule].implementations
+    portable = next(name for name in PORTABLE if name in has)
+    return dataclasses.replace(self, implementation=portable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,7 +383,7 @@ class FirstStageConfig:
 
   # How many of run.steps; 0 is no such stage.
   steps: int = 0
-  # In place of optimizer.trainable.
+  # What learns, of that which optimizer.trainable finds.
   trainable: str = "inserted_jet"
   # In place of sleep.eviction.
   eviction: str = "hard"
@@ -419,6 +427,7 @@ class MeshConfig:
         and isinstance(pattern, str)
         and isinstance(axes, tuple)
         and set(axes) <= {None, *MESH_AXES}
+        and all(axes.count(axis) <= 1 for axis in MESH_AXES)
         for pattern, axes in self.rules
       )
     except (TypeError, ValueError, OverflowError, re.error):
@@ -426,7 +435,7 @@ class MeshConfig:
     if not fits:
       yield (
         f"mesh.rules = {self.rules!r}: must be a tuple of (regular expression, "
-        f"axes) with axes from {MESH_AXES} or None"
+        f"axes) with axes from {MESH_AXES}, each once, or None"
       )
 
 

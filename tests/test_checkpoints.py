@@ -229,11 +229,13 @@ def test_the_latest_step_is_not_written_again_and_an_earlier_one_refused(
 def test_policies_keep_what_they_name(tmp_path, policy, expected):
   accuracies = {1: 0.1, 2: 0.5, 3: 0.9, 4: 0.9 - 1e-6}
   iterator = batches()
-  with Checkpoints(tmp_path, **policy) as checkpoints:
-    for step in range(1, 6):
-      accuracy = accuracies.get(step)
-      metrics = None if accuracy is None else {"accuracy": accuracy, "loss": 1}
-      checkpoints.save(step, *state(step), iterator, metrics)
+  for steps in ((1, 2, 3), (4, 5)):  # the second as a run that goes on
+    with Checkpoints(tmp_path, **policy) as checkpoints:
+      checkpoints.restore_latest(*state(0), iterator)
+      for step in steps:
+        accuracy = accuracies.get(step)
+        metrics = None if accuracy is None else {"accuracy": accuracy, "x": 1}
+        checkpoints.save(step, *state(step), iterator, metrics)
   kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
   assert kept == expected
   assert_restores(tmp_path, 5)

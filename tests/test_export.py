@@ -40,9 +40,10 @@ def test_a_round_trip_gives_the_same_bits(
     export.export(tmp_path / "w", tmp_path / "again")
 
 
-def test_what_was_trained_is_exported_with_its_inserted_layers(tmp_path):
-  """And can be read again."""
-  folder = write(tmp_path / "hf")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_trained_is_exported_with_its_inserted_layers(tmp_path, dtype):
+  """And can be read again; a run trains in float32 what is kept in bfloat16."""
+  folder = write(tmp_path / "hf", dtype=dtype)
   convert.convert(folder, tmp_path / "w", with_jet_layers())
   config, _, params = restore(tmp_path / "w")
   params["group_0"]["inserted_jet_1"]["mixer"]["o_proj"]["kernel"] += 1.0

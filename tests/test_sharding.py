@@ -87,12 +87,12 @@ def test_what_does_not_divide_is_left_whole(state):
 
 
 def test_rules_of_ones_own_come_first(state):
-  rules = ((r"head/kernel$", (None, "fsdp")),)
+  rules = ((r"^head/kernel$", (None, "fsdp")),)
   specs = laid_out(abstract_mesh(2, 2, 2), state, rules)
   assert specs["params/head/kernel"] == P(None, "fsdp")
   assert specs["params/embedding/embedding"] == P("fsdp", "tensor")
   with pytest.raises(ValueError, match="'haed' matches no parameter; they are"):
-    sharding.shardings(abstract_mesh(2, 2, 2), state, (("haed", ("fsdp",)),))
+    sharding.check_rules(state.params, (("haed", ("fsdp",)),))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,8 @@ def test_a_mesh_that_does_not_divide_heads_is_refused():
     ExperimentConfig(mesh=MeshConfig(tensor=3))
   with pytest.raises(ValueError, match="mesh.rules"):
     ExperimentConfig(mesh=MeshConfig(rules=(("head", ("fdsp",)),)))
+  with pytest.raises(ValueError, match="each once"):
+    ExperimentConfig(mesh=MeshConfig(rules=(("head", ("fsdp", "fsdp")),)))
 
 
 def test_without_a_mesh_nothing_is_touched():

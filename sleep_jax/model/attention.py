@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 from pallas_kernels.target import target
 from sleep_jax.array_types import Hidden
-from sleep_jax.config import ModelConfig
+from sleep_jax.config import PORTABLE, ModelConfig
 from sleep_jax.model import layers
 from sleep_jax.model.places import EMPTY, KeyValueCache, Places
 from sleep_jax.parallel import sharding
@@ -75,14 +75,15 @@ class Attention(nn.Module):
     if self.sliding:
       length = min(places.window_length, config.sliding_window)
       near = dataclasses.replace(places, window_length=length)
-    y = attend(q, seen, near).reshape(*x.shape[:2], config.width)
+    portable = config.implementation in PORTABLE
+    y = attend(q, seen, near, portable).reshape(*x.shape[:2], config.width)
     if cache is not None and places.replaces_cache:
       after = places.position - places.window_length
       cache = KeyValueCache(turned(unturned, after), v)
     return layers.dense(config, config.width, "o_proj")(y), state, cache
 
 
-def attend(q, seen: KeyValueCache, places: Places):
+def attend(q, seen: KeyValueCache, places: Places, portable: bool = False):
   """softmax(q k^T / sqrt(d)) v [B, T, H, d] over what `places` lets q see.
 
   k and v stand at `places.seen_positions`. For a long window in bfloat16 the
@@ -92,7 +93,7 @@ def attend(q, seen: KeyValueCache, places: Places):
   """
   length, head_dim = q.shape[1], q.shape[3]
   platform, _, here = target()
-  if q.dtype == jnp.bfloat16 and length >= KERNEL_LENGTH:
+  if not portable and q.dtype == jnp.bfloat16 and length >= KERNEL_LENGTH:
     # Those of one window, in their order.
     if platform == "tpu" and places.slots is None and head_dim % LANES == 0:
       kernel = functools.partial(

@@ -73,20 +73,11 @@ def shardings(mesh: Any, tree: Any, rules: tuple = ()) -> Any:
     mesh: of `make_mesh`, or the abstract one of a trace.
     tree: arrays or `jax.ShapeDtypeStruct`s: parameters, optimizer state.
     rules: asked before RULES (`mesh.rules`).
-
-  Raises:
-    ValueError: a pattern of `rules` is found in no path.
   """
   paths = [
-    (jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+    (_name(path).removeprefix("params/"), leaf.shape)
     for path, leaf in jax.tree.leaves_with_path(tree)
   ]
-  for pattern, _ in rules:
-    if not any(re.search(pattern, path) for path, _ in paths):
-      raise ValueError(
-        f"mesh.rules: {pattern!r} matches no parameter; they are "
-        f"{', '.join(path for path, _ in paths)}"
-      )
   return jax.tree.unflatten(
     jax.tree.structure(tree),
     [
@@ -94,6 +85,21 @@ def shardings(mesh: Any, tree: Any, rules: tuple = ()) -> Any:
       for path, shape in paths
     ],
   )
+
+
+def check_rules(params: Any, rules: tuple) -> None:
+  """ValueError where a pattern of `mesh.rules` is found in no parameter."""
+  paths = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+  for pattern, _ in rules:
+    if not any(re.search(pattern, path) for path in paths):
+      raise ValueError(
+        f"mesh.rules: {pattern!r} matches no parameter; they are "
+        f"{', '.join(paths)}"
+      )
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _spec(path: str, shape, sizes, rules) -> PartitionSpec:

@@ -91,7 +91,7 @@ def convert(
 def architecture_of(config: hf.Numbers) -> hf.Architecture:
   """The `Architecture` that a config.json names; else a ValueError."""
   names = config("architectures", list)
-  if len(names) != 1 or names[0] not in ARCHITECTURES:
+  if len(names) != 1 or str(names[0]) not in ARCHITECTURES:
     raise ValueError(
       f"architectures = {names}: not one of {list(ARCHITECTURES)}"
     )

@@ -45,8 +45,9 @@ def export(workdir: str | Path, target: str | Path) -> None:
     architecture.shape(numbers).vocab_size,
   )
   dtypes = checkpoints.stored_dtypes(source)
+  here = checkpoints.stored_dtypes(workdir)
   like = {
-    path: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(path, leaf.dtype))
+    path: jax.ShapeDtypeStruct(leaf.shape, here.get(path, leaf.dtype))
     for path, leaf in wanted.items()
   }
   params = flax.traverse_util.flatten_dict(

@@ -92,8 +92,12 @@ class Numbers:
     # Numbers may stand there as text ("1e-5").
     try:
       right = kind(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
       right = None
+    if kind is int and right is not None and right < 1:
+      raise ValueError(
+        f"{self._source}: {name} = {value!r}: must be at least 1"
+      )
     if right is None or (right != value and kind is not float):
       raise ValueError(
         f"{self._source}: {name} = {value!r} is no {kind.__name__}"
@@ -153,7 +157,12 @@ class Folder:
 
   def _shards(self) -> list[str]:
     if (self.path / _INDEX).exists():
-      files = self._json(_INDEX).get("weight_map", {}).values()
+      files = self._json(_INDEX).get("weight_map")
+      if not isinstance(files, dict) or not all(
+        isinstance(file, str) for file in files.values()
+      ):
+        raise ValueError(f"{self.path}/{_INDEX}: weight_map names no files")
+      files = list(files.values())
     else:
       files = [file.name for file in self.path.glob("*.safetensors")]
     if not files:

@@ -76,7 +76,7 @@ def transformer_leaves(config: Numbers) -> dict:
 
 def shape(config: Numbers) -> Shape:
   """The model of a config.json; a ValueError where there is none."""
-  kinds = tuple(config("layer_types", list))
+  kinds = tuple(map(str, config("layer_types", list)))
   if len(kinds) != config("num_hidden_layers"):
     raise ValueError(
       f"layer_types names {len(kinds)} layers, num_hidden_layers is "

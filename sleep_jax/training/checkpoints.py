@@ -9,6 +9,7 @@ is written, last of all; a run killed while saving leaves a folder without it.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from typing import Any, TypeAlias
@@ -52,13 +53,17 @@ class Checkpoints:
       keep_best: the one with the highest metric of this name, if any.
     """
     policies = ocp.checkpoint_managers
+
+    def best(metrics):
+      return metrics.get(keep_best, -math.inf)
+
     kept: list[Any] = [policies.LatestN(keep_last)]
     if keep_every:
       kept.append(policies.EveryNSteps(keep_every))
     if keep_best:
       kept.append(
         policies.BestN(
-          get_metric_fn=lambda metrics: metrics[keep_best],
+          get_metric_fn=best,
           n=1,
           keep_checkpoints_without_metrics=False,
         )
@@ -68,6 +73,8 @@ class Checkpoints:
       self._directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(kept),
+        # Without it metrics would not be written, and be forgotten on resuming.
+        best_fn=best if keep_best else None,
         # By the default protocol an empty folder can be the latest step.
         atomicity_options=AtomicityOptions(AtomicityMode.COMMIT_FILE),
       ),

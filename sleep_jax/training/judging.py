@@ -137,12 +137,12 @@ def independent_count(
 
   n over the design effect (Kish): the variance of the share of right answers
   with whole rows drawn at random, over that with single answers; at least 1.
-  Where all are right, or none, nothing tells how alike those of a row are: the
-  number of rows.
+  Where all are right, or none, or of one row, nothing tells how alike those of
+  a row are: the number of rows.
   """
   _, row = np.unique(rows, return_inverse=True)
   share, count = float(right.mean()), len(right)
-  if share in (0, 1):
+  if share in (0, 1) or row.max() == 0:
     return float(row.max() + 1)
   deviations = np.bincount(row, right - share)
   effect = float(np.sum(deviations**2)) / (count * share * (1 - share))

@@ -88,7 +88,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
   mesh = sharding.make_mesh(config)
   task, tokenizer = task_and_tokenizer(config)
   splits = "|".join(map(re.escape, task.eval_splits))
-  metric = rf"eval/({splits})/(accuracy|depth_\d+|passes_\d+/accuracy)"
+  metric = rf"eval/({splits})/(accuracy|depth_\d+)"
   if run.keep_best and not re.fullmatch(metric, run.keep_best):
     raise ValueError(
       f"run.keep_best = {run.keep_best!r}: no evaluation gives it, or it is "
@@ -118,6 +118,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
   state = (abstract_state if started else init_state)(
     model, optimizer, config, mesh
   )
+  optimizers.check_stages(state.params, config)
   folder = workdir.open_workdir(
     path, dataclasses.asdict(config), jax.process_index()
   )
@@ -128,7 +129,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
     def judge(params, share: int = 1):
       def predict_or_end(*arguments, **options):
         if preemption.noticed():
-          raise Preempted("told to end while judging: the last step is saved")
+          raise Preempted("told to end while judging")
         return predict(*arguments, **options)
 
       return evaluate_sets(
@@ -314,11 +315,12 @@ class _Lines:
           rate * self.flops / (jax.device_count() * peak)
         )
     learning_rate = config.optimizer.muon_learning_rate
+    taken = step - means.get("skipped_steps", 0)
     self._writer.write(
       step,
       means
       | {
-        "learning_rate": learning_rate * self._multiplier(step - 1),
+        "learning_rate": learning_rate * self._multiplier(taken - 1),
         "steps_per_second": rate,
         "tokens_per_second": rate * config.data.batch_size * config.data.length,
         "data_wait_fraction": waited / (now - self._last),

@@ -36,6 +36,18 @@ def learns(params, trainable: str):
   return found
 
 
+def check_stages(params, config) -> None:
+  """ValueError where nothing would learn in a stage of an ExperimentConfig."""
+  first = config.at_step(1).optimizer.trainable
+  always = learns(params, config.optimizer.trainable)
+  both = jax.tree.map(lambda x, y: x and y, learns(params, first), always)
+  if not any(jax.tree.leaves(both)):
+    raise ValueError(
+      f"first_stage.trainable = {first!r}: nothing that it finds is found by "
+      f"optimizer.trainable = {config.optimizer.trainable!r}"
+    )
+
+
 def only(tree, trainable: str):
   """`tree`, like parameters, with zeros for what does not learn."""
   return jax.tree.map(

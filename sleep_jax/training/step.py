@@ -43,6 +43,7 @@ def abstract_state(
   """
   params = jax.eval_shape(functools.partial(init_params, model, 0))
   state = TrainState(params, jax.eval_shape(optimizer.init, params))
+  sharding.check_rules(params, config.mesh.rules)
   laid_out = sharding.shardings(mesh, state, config.mesh.rules)
   return jax.tree.map(
     lambda x, its: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=its),
@@ -127,8 +128,10 @@ def model_flops(
   the head in every window, as in `count_flops`. None where that cannot count.
   """
 
+  portable = model.clone(config=model.config.portable())
+
   def loss_sum(params, batch):
-    return run(model, config, params, batch).loss_sum
+    return run(portable, config, params, batch).loss_sum
 
   try:
     return 3 * count_flops(loss_sum, params, batch).products
