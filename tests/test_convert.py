@@ -282,6 +282,9 @@ BAD_CONFIGS = {
   "text": (dict(hidden_size="big"), "hidden_size = 'big' is no int"),
   "head_dim": (dict(head_dim=16), "head_dim = 16, but only 8"),
   "norm": (dict(rms_norm_eps=-1.0), "model.norm_eps = -1.0"),
+  "no heads": (dict(num_attention_heads=0), "= 0: must be at least 1"),
+  "infinite": (dict(hidden_size=float("inf")), "hidden_size = inf is no int"),
+  "nested": (dict(architectures=[[]]), "not one of"),
 }
 
 
