@@ -61,8 +61,8 @@ def finish(processes, timeout=600):
   ended = []
   for process in processes:
     printed, said = process.communicate(timeout=timeout)
-    # Gloo greets on stdout.
-    lines = [x for x in printed.splitlines() if not x.startswith("[Gloo]")]
+    # Gloo greets on stdout, from threads of its own.
+    lines = [x for x in printed.splitlines() if "connected" not in x]
     ended.append((process.returncode, "\n".join(lines), said))
   return ended
 
