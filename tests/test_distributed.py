@@ -200,6 +200,10 @@ def test_on_with_other_meshes_and_numbers_of_processes(alone, tmp_path):
   """Two steps each on 8 -> 4 -> 1 -> 2 devices, by 2, 4, 1 and 1 processes."""
   workdir = tmp_path / "run"
   for count, devices, step in ((2, 8, 2), (4, 4, 4), (1, 1, 5), (1, 2, 6)):
+    if step in (2, 6):
+      assert (step == 6) == workdir.exists()
+    elif step in losses(workdir):  # the one before went that far at once
+      continue
     running = start(workdir, count, "--config.mesh.fsdp=1", devices=devices)
     if step < 6:
       wait_for_step(workdir, step, running)
