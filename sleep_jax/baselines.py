@@ -11,18 +11,20 @@ given config's.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sleep_jax.config import ATTENTION, ExperimentConfig
-from sleep_jax.data.pipeline import Batch
 from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
 from sleep_jax.flops import Flops, count_flops
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.training import optimizers
-from sleep_jax.training.step import TrainState, init_params, make_train_step
+from sleep_jax.training.step import (
+  abstract_batch,
+  abstract_state,
+  make_train_step,
+)
 
 # Largest relative difference in training FLOPs of what is called matched.
 TOLERANCE = 0.02
@@ -40,19 +42,13 @@ def train_step_flops(config: ExperimentConfig, vocabulary_size: int) -> Flops:
   Args:
     vocabulary_size: of the config's tokenizer.
   """
-  rows = (config.data.batch_size, config.data.length)
-  tokens: Any = jax.ShapeDtypeStruct(rows, jnp.int32)
-  mask: Any = jax.ShapeDtypeStruct(rows, jnp.bool_)
-  label: Any = jax.ShapeDtypeStruct(rows[:1], jnp.int32)
-  batch = Batch(tokens, tokens, mask, mask, label, label)
   config = dataclasses.replace(config, model=config.model.portable())
   model = HybridLM(config.model, vocabulary_size)
   optimizer = optimizers.optimizer(config.optimizer, max(config.run.steps, 1))
-  params = jax.eval_shape(lambda: init_params(model, config.run.seed))
-  state = TrainState(params, jax.eval_shape(optimizer.init, params))
+  state = abstract_state(model, optimizer, config)
   step = make_train_step(model, optimizer, config)
   passes = jax.ShapeDtypeStruct((), jnp.int32)
-  return count_flops(step, state, batch, passes)
+  return count_flops(step, state, abstract_batch(config), passes)
 
 
 def training_flops(config: ExperimentConfig) -> int:

@@ -43,14 +43,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels.chips import CHIPS, H100, H100_FLOPS
 from sleep_jax import hlo
 from sleep_jax.config import ExperimentConfig
-from sleep_jax.data.pipeline import Batch
 from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
 from sleep_jax.flops import count_flops
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.parallel.sharding import ROWS, make_mesh, parts_of_rows
 from sleep_jax.session import Session, shapes
 from sleep_jax.training import optimizers
-from sleep_jax.training.step import abstract_state, make_train_step
+from sleep_jax.training.step import (
+  abstract_batch,
+  abstract_state,
+  make_train_step,
+)
 
 
 class Peaks(NamedTuple):
@@ -238,11 +241,7 @@ def programs(config: ExperimentConfig, devices) -> tuple[Any, dict]:
 
   optimizer = optimizers.optimizer(config.optimizer, max(config.run.steps, 1))
   state = abstract_state(model, optimizer, config, mesh)
-  tokens = config.data.batch_size, config.data.length
-  ids: Any = jax.ShapeDtypeStruct(tokens, jnp.int32)
-  mask: Any = jax.ShapeDtypeStruct(tokens, jnp.bool_)
-  label: Any = jax.ShapeDtypeStruct(tokens[:1], jnp.int32)
-  batch = Batch(ids, ids, mask, mask, label, label)
+  batch = abstract_batch(config)
   batch = arrays(batch, jax.tree.map(lambda _: by_rows(0), batch))
   session = Session(model, config.sleep)
   seen = shapes(session, rows)

@@ -7,6 +7,7 @@ left to XLA's partitioner. Without a mesh every function below leaves its
 arguments as they are.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -129,6 +130,7 @@ def parts_of_rows(mesh: Mesh) -> int:
   return _count(mesh.shape, ROWS)
 
 
+@functools.cache  # asked at every step
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:
   """(index, count): this process loads the index-th of count parts of a batch.
 

@@ -30,19 +30,30 @@ class TrainState(NamedTuple):
   optimizer: optax.OptState
 
 
+def abstract_batch(config: ExperimentConfig) -> Batch:
+  """A `jax.ShapeDtypeStruct` for each array of a training batch."""
+  rows = config.data.batch_size, config.data.length
+  ids: Any = jax.ShapeDtypeStruct(rows, jnp.int32)
+  mask: Any = jax.ShapeDtypeStruct(rows, jnp.bool_)
+  label: Any = jax.ShapeDtypeStruct(rows[:1], jnp.int32)
+  return Batch(ids, ids, mask, mask, label, label)
+
+
 def abstract_state(
   model: HybridLM,
   optimizer: optax.GradientTransformation,
   config: ExperimentConfig,
-  mesh: Mesh,
+  mesh: Mesh | None = None,
 ) -> TrainState:
-  """A `jax.ShapeDtypeStruct`, laid over the mesh, for each array of a state.
+  """A `jax.ShapeDtypeStruct` for each array of a state, laid over the mesh.
 
   Raises:
     ValueError: a rule of `mesh.rules` finds no parameter.
   """
   params = jax.eval_shape(functools.partial(init_params, model, 0))
   state = TrainState(params, jax.eval_shape(optimizer.init, params))
+  if mesh is None:
+    return state
   sharding.check_rules(params, config.mesh.rules)
   laid_out = sharding.shardings(mesh, state, config.mesh.rules)
   return jax.tree.map(
