@@ -13,7 +13,6 @@ where the folder cannot be used.
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from sleep_jax.config import (
 from sleep_jax.data.tokenizers import SPECIAL_TOKENS, FileTokenizer
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.pretrained import hf, jet_nemotron, ouro
-from sleep_jax.training import checkpoints
+from sleep_jax.training import checkpoints, workdir
 from sleep_jax.training.step import init_params
 
 ARCHITECTURES = {
@@ -75,17 +74,12 @@ def convert(
   model = HybridLM(config.model, config.model.vocab_size)
   params = _read_params(folder, architecture, shape, model, config.run.seed)
 
-  temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-  target.parent.mkdir(parents=True, exist_ok=True)
-  try:
-    checkpoints.export_params(temporary, params)
-    shutil.copy(folder.tokenizer, temporary / "tokenizer.json")
-    shutil.copy(folder.path / "config.json", temporary / SOURCE_CONFIG)
+  with workdir.new_folder(target) as made:
+    checkpoints.export_params(made, params)
+    shutil.copy(folder.tokenizer, made / "tokenizer.json")
+    shutil.copy(folder.path / "config.json", made / SOURCE_CONFIG)
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    (temporary / "config.json").write_text(text)
-    temporary.rename(target)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+    (made / "config.json").write_text(text)
 
 
 def architecture_of(config: hf.Numbers) -> hf.Architecture:

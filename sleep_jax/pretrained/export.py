@@ -9,7 +9,6 @@ rows for them.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from sleep_jax.config import ExperimentConfig, from_config_dict
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.pretrained import convert, hf
 from sleep_jax.training import checkpoints
+from sleep_jax.training.workdir import new_folder
 
 
 def export(workdir: str | Path, target: str | Path) -> None:
@@ -65,15 +65,11 @@ def export(workdir: str | Path, target: str | Path) -> None:
       array = array.T
     return array[: tensor.shape[0]].astype(dtypes[tensor.path])
 
-  temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-  temporary.mkdir(parents=True)
-  try:
-    hf.write_shards(temporary, names, read)
-    shutil.copy(source / convert.SOURCE_CONFIG, temporary / "config.json")
-    shutil.copy(source / "tokenizer.json", temporary / "tokenizer.json")
-    temporary.rename(target)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+  with new_folder(target) as made:
+    made.mkdir()
+    hf.write_shards(made, names, read)
+    shutil.copy(source / convert.SOURCE_CONFIG, made / "config.json")
+    shutil.copy(source / "tokenizer.json", made / "tokenizer.json")
 
 
 def converted(workdir: Path) -> tuple[ExperimentConfig, Path, hf.Numbers]:

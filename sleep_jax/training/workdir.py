@@ -1,8 +1,10 @@
 """The folder of one run: config.json, metrics, results, checkpoints."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,22 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+  """Gives the path of a folder to be made, which then becomes `path`, whole.
+
+  Nothing is left of it if an exception ends the `with`.
+  """
+  path = Path(path)
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    yield temporary
+    temporary.rename(path)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_same_config(workdir: Path, old_text: str, new_text: str) -> None:
