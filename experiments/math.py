@@ -100,9 +100,11 @@ def hybrid_2b() -> ExperimentConfig:
   (11 and 3 of the middle 14, which are looped; 24 and 4 of all). It is trained
   from scratch: it shows what such a run takes.
   """
-  return ExperimentConfig(
-    task=GsmInfiniteConfig(min_tokens=2000, max_tokens=3280),
-    model=ModelConfig(
+  original = jet_nemotron_2b()
+  return dataclasses.replace(
+    original,
+    model=dataclasses.replace(
+      original.model,
       pattern=(
         (("gdn",), 7),
         (("gdn",), 7),
@@ -112,28 +114,12 @@ def hybrid_2b() -> ExperimentConfig:
         (("attn",), 1),
         (("gdn",), 6),
       ),
-      vocab_size=151_936,
-      width=1536,
-      attention_heads=12,
-      key_value_heads=2,
-      rope_theta=1e6,
-      fast_weight_heads=12,
-      key_dim=96,
-      value_dim=256,
-      mlp_width=8960,
-      compute_dtype="bfloat16",
+      attention_bias=False,
+      sliding_window=0,
+      tied_head=False,
     ),
-    sleep=SleepConfig(
-      passes=6,
-      window_length=2000,
-      looped_groups=(1, 5),
-      remat_passes=True,
-      remat_windows=True,
-    ),
-    data=DataConfig(
-      length=3300, align_answer=False, answer_length=8, batch_size=256
-    ),
-    optimizer=OptimizerConfig(muon_learning_rate=1e-3, accumulation_steps=8),
+    data=dataclasses.replace(original.data, tokenizer="words"),
+    optimizer=dataclasses.replace(original.optimizer, trainable=""),
     run=RunConfig(steps=1000, evaluation_batch_size=256),
   )
 
