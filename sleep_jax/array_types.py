@@ -5,6 +5,8 @@ C chunk, N passes, F feed-forward width, W vocabulary, R repeats of a pattern,
 M cache slots.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -21,3 +23,11 @@ Slots = Int[Array, "B M"]
 Hidden = Float[Array, "B T D"]
 Logits = Float[Array, "B T W"]
 FastWeights = Float[Array, "B H K V"]
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+  """A tree's leaves by path, such as "blocks/0/kernel", in their order."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax.array_types import Counts, Mask, Rows, Tokens
+from sleep_jax.array_types import Counts, Mask, Rows, Tokens, by_name
 from sleep_jax.config import SleepConfig
 from sleep_jax.model import layers
 from sleep_jax.model.hybrid_lm import HybridLM
@@ -502,14 +502,6 @@ def _choose(rows: Rows, new: State, old: State) -> State:
 def shapes(session: Session, batch_size: int) -> State:
   """The state's arrays as `jax.ShapeDtypeStruct`s."""
   return jax.eval_shape(lambda: session.start(batch_size))
-
-
-def by_name(state) -> dict[str, Any]:
-  """A state's arrays by path, such as "start/state/0/1", in their order."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in jax.tree.leaves_with_path(state)
-  }
 
 
 def _whole(value) -> bool:

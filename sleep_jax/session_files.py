@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax.session import Session, State, by_name, shapes
+from sleep_jax.array_types import by_name
+from sleep_jax.session import Session, State, shapes
 from sleep_jax.training.workdir import write_atomically
 
 FORMAT, VERSION = "sleep_jax.session", 1

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sleep_jax.array_types import by_name
 from sleep_jax.config import MESH_AXES, ExperimentConfig
 
 # Where the rows of a batch go.
@@ -75,32 +76,27 @@ def shardings(mesh: Any, tree: Any, rules: tuple = ()) -> Any:
     tree: arrays or `jax.ShapeDtypeStruct`s: parameters, optimizer state.
     rules: asked before RULES (`mesh.rules`).
   """
-  paths = [
-    (_name(path).removeprefix("params/"), leaf.shape)
-    for path, leaf in jax.tree.leaves_with_path(tree)
-  ]
+
+  def laid_out(path, leaf):
+    path = path.removeprefix("params/")
+    spec = _spec(path, leaf.shape, mesh.shape, (*rules, *RULES))
+    return NamedSharding(mesh, spec)
+
   return jax.tree.unflatten(
     jax.tree.structure(tree),
-    [
-      NamedSharding(mesh, _spec(path, shape, mesh.shape, (*rules, *RULES)))
-      for path, shape in paths
-    ],
+    [laid_out(*named) for named in by_name(tree).items()],
   )
 
 
 def check_rules(params: Any, rules: tuple) -> None:
   """ValueError where a pattern of `mesh.rules` is found in no parameter."""
-  paths = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+  paths = by_name(params)
   for pattern, _ in rules:
     if not any(re.search(pattern, path) for path in paths):
       raise ValueError(
         f"mesh.rules: {pattern!r} matches no parameter; they are "
         f"{', '.join(paths)}"
       )
-
-
-def _name(path) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _spec(path: str, shape, sizes, rules) -> PartitionSpec:

@@ -24,6 +24,8 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
+from sleep_jax.array_types import by_name
+
 PyTree: TypeAlias = Any
 
 _COMMIT_FILE = "commit_success.txt"
@@ -297,7 +299,7 @@ def export_params(path: str | os.PathLike, params: PyTree) -> None:
 
 
 def _save_arguments(tree: PyTree, **metadata: Any) -> ocp.args.StandardSave:
-  arrays = _by_name(tree)
+  arrays = _arrays_by_name(tree)
   return ocp.args.StandardSave(
     arrays, custom_metadata={"checksums": _checksums(arrays)} | metadata
   )
@@ -317,7 +319,7 @@ def _read(folder: epath.Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
   """
   handler = ocp.StandardCheckpointHandler()
   metadata = handler.metadata(folder)
-  like_by_name = _by_name(like)
+  like_by_name = _arrays_by_name(like)
   # Restoring would cast dtypes silently.
   _check_same_arrays(metadata.tree, like_by_name)
   arrays = handler.restore(
@@ -341,15 +343,14 @@ def _read(folder: epath.Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
   return jax.tree.unflatten(jax.tree.structure(like), leaves), saved
 
 
-def _by_name(tree: PyTree) -> dict[str, Any]:
-  """Leaves by path, such as "blocks/0/kernel", in the tree's order."""
+def _arrays_by_name(tree: PyTree) -> dict[str, Any]:
   return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): (
+    name: (
       leaf
       if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
       else np.asarray(leaf)
     )
-    for path, leaf in jax.tree.leaves_with_path(tree)
+    for name, leaf in by_name(tree).items()
   }
 
 

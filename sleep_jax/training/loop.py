@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 
 from pallas_kernels.chips import peak_flops
+from sleep_jax.array_types import by_name
 from sleep_jax.config import ExperimentConfig
 from sleep_jax.data import pipeline
 from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
@@ -256,10 +257,7 @@ class _Lines:
   def __init__(self, config, params, writer):
     self._config, self._writer = config, writer
     self._multiplier = optimizers.schedule(config.optimizer, config.run.steps)
-    paths = [
-      jax.tree_util.keystr(path, simple=True, separator="/")
-      for path, _ in jax.tree.leaves_with_path(params)
-    ]
+    paths = by_name(params)
     # What `bad_leaf` of the metrics counts.
     self._leaves = [*(f"the gradient of {path}" for path in paths), *paths]
     self._began = self._last = time.perf_counter()

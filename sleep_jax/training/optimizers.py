@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sleep_jax.array_types import by_name
 from sleep_jax.parallel import sharding
 
 # Both from the settings that the paper follows (McLeish et al.).
@@ -20,20 +21,13 @@ def learns(params, trainable: str):
   Raises:
     ValueError: none.
   """
-  found = jax.tree_util.tree_map_with_path(
-    lambda path, _: bool(
-      re.search(
-        trainable, jax.tree_util.keystr(path, simple=True, separator="/")
-      )
-    ),
-    params,
-  )
-  if not any(jax.tree.leaves(found)):
+  found = [bool(re.search(trainable, name)) for name in by_name(params)]
+  if not any(found):
     raise ValueError(
       f"optimizer.trainable, or first_stage's, is {trainable!r}: it finds no "
       "parameter, as group_0/attn_0/mixer/q_proj/kernel is one"
     )
-  return found
+  return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
 def check_stages(params, config) -> None:
