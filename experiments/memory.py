@@ -70,16 +70,14 @@ def _count(name, value):
 
 def _device(target):
   import jax
-  from jax.experimental import topologies
 
-  from pallas_kernels.chips import CHIPS
+  from pallas_kernels.chips import CHIPS, compile_only_devices
 
   if not target:
     return jax.devices()[0]
   if target not in CHIPS:
     raise ValueError(f"--target={target}: one of {sorted(CHIPS)}")
-  topology = CHIPS[target].topology
-  return topologies.get_topology_desc(topology, platform="tpu").devices[0]
+  return compile_only_devices(target)[0]
 
 
 def _table(name, rows, config, device, savers):

@@ -1,6 +1,7 @@
 """What is known of the accelerators that we compile for."""
 
-from typing import NamedTuple
+import importlib.util
+from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
@@ -50,6 +51,41 @@ cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
 registers_per_block_limit: 65536 } platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3" """
+
+
+def check_compiler(target: str) -> None:
+  """ValueError where the compiler of "h100", or of TPUs, is not installed."""
+  module = "jax_plugins.xla_cuda13" if target == "h100" else "libtpu"
+  # Of a package that is not there a module cannot be asked for.
+  names = module.partition(".")[0], module
+  if not all(importlib.util.find_spec(name) for name in names):
+    raise ValueError(f"{module} is missing: pip install -e '.[compile]'")
+
+
+def compile_only_devices(target: str, **options: Any) -> list:
+  """Devices that need not be there, to compile for.
+
+  Args:
+    target: "h100", one of CHIPS, or a TPU topology such as "v5e:4x4".
+    options: of a TPU topology.
+
+  Raises:
+    ValueError: their compiler is not installed.
+  """
+  check_compiler(target)
+  # Not above: who compiles sets the environment before JAX is imported.
+  import jax
+  from jax.experimental import topologies
+
+  if target == "h100":
+    jax.local_devices()  # finds the plug-in
+    topology = topologies.get_topology_desc(
+      platform="cuda", target_config=H100, topology="1x1x1"
+    )
+  else:
+    name = CHIPS[target].topology if target in CHIPS else target
+    topology = topologies.get_topology_desc(name, platform="tpu", **options)
+  return topology.devices
 
 
 def peak_flops(kind: str) -> float | None:

@@ -24,7 +24,6 @@ Exit code: 0, or 1 if a program does not compile or fit, or 2 for bad input.
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -37,10 +36,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.chips import CHIPS, H100, H100_FLOPS
+from pallas_kernels.chips import (
+  CHIPS,
+  H100_FLOPS,
+  compile_only_devices,
+)
 from sleep_jax import hlo
 from sleep_jax.config import ExperimentConfig
 from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
@@ -127,23 +129,16 @@ def find_target(name: str) -> Target:
     ValueError: there is no such target, or its compiler is missing.
   """
   if name == "h100":
-    _need(name, "jax_plugins.xla_cuda13")
-    jax.local_devices()  # finds the plug-in
-    topology = topologies.get_topology_desc(
-      platform="cuda", target_config=H100, topology="1x1x1"
-    )
-    return Target(name, "cuda", topology.devices, _H100_PEAKS)
+    return Target(name, "cuda", compile_only_devices(name), _H100_PEAKS)
   generation, shape = slice_shape(name)
-  _need(name, "libtpu")
   options: dict[str, Any] = {}
   if math.prod(shape) == 1:
     options["chips_per_host_bounds"] = (1, 1, 1)
   if generation == "v4":
     # Else each of a chip's two cores is a device.
     options["chip_config_name"] = "megacore"
-  topology = topologies.get_topology_desc(
-    f"{generation}:{'x'.join(map(str, shape))}", platform="tpu", **options
-  )
+  topology = f"{generation}:{'x'.join(map(str, shape))}"
+  devices = compile_only_devices(topology, **options)
   chip = CHIPS[generation]
   peaks = Peaks(
     1e12 * chip.teraflops,
@@ -151,16 +146,7 @@ def find_target(name: str) -> Target:
     1e9 * chip.links_gigabytes_per_second,
     chip.gibibytes * 2**30,
   )
-  return Target(name, "tpu", topology.devices, peaks)
-
-
-def _need(target: str, module: str):
-  package = module.partition(".")[0]
-  if importlib.util.find_spec(package) and importlib.util.find_spec(module):
-    return
-  raise ValueError(
-    f"--target={target}: {module} is missing: pip install -e '.[compile]'"
-  )
+  return Target(name, "tpu", devices, peaks)
 
 
 def slice_shape(name: str) -> tuple[str, tuple[int, ...]]:

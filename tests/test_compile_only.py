@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from experiments import automaton
+from pallas_kernels import chips
 from sleep_jax import compile_only
 from sleep_jax.baselines import train_step_flops
 from sleep_jax.config import from_config_dict
@@ -58,9 +59,7 @@ def test_what_is_no_target_is_refused(name, said):
 
 @pytest.mark.parametrize("name", ["v5e-4", "h100"])
 def test_a_missing_compiler_is_named_with_what_to_install(name, monkeypatch):
-  monkeypatch.setattr(
-    compile_only.importlib.util, "find_spec", lambda name: None
-  )
+  monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"missing: pip install -e '.\[compile"):
     compile_only.find_target(name)
 

@@ -21,7 +21,6 @@ import argparse
 import collections
 import glob
 import importlib
-import importlib.util
 import itertools
 import math
 import os
@@ -30,7 +29,7 @@ import shutil
 import subprocess
 import tempfile
 
-from pallas_kernels.chips import CHIPS, H100
+from pallas_kernels.chips import CHIPS, check_compiler, compile_only_devices
 
 
 def matrix_floor(shape, direction, chip):
@@ -128,9 +127,10 @@ def command_line(module, description, targets):
   parser.add_argument("--target", choices=targets, default="v5e")
   parser.add_argument("--only", default="", help="a pattern of case names")
   arguments = parser.parse_args()
-  needed = "jax_plugins" if arguments.target == "h100" else "libtpu"
-  if importlib.util.find_spec(needed) is None:
-    parser.error(f"{needed} is missing: pip install -e '.[compile]'")
+  try:
+    check_compiler(arguments.target)
+  except ValueError as error:
+    parser.error(str(error))
   if arguments.target == "h100" and shutil.which("ptxas") is None:
     parser.error("ptxas is not on the PATH: it comes with CUDA's nvcc")
   try:
@@ -161,20 +161,13 @@ def main() -> None:
 def report(target, only, dump):
   """Prints a row of a Markdown table for each case."""
   jax = importlib.import_module("jax")
-  topologies = importlib.import_module("jax.experimental.topologies")
   cases = importlib.import_module("pallas_kernels.gated_delta.compile_cases")
+  devices = compile_only_devices(target)
   if target == "h100":
-    importlib.import_module("jax_plugins.xla_cuda13").initialize()
-    topology = topologies.get_topology_desc(
-      platform="cuda", target_config=H100, topology="1x1x1"
-    )
     implementation, platform = "pallas_gpu", "cuda"
     print("| case | kernel | registers | spilled bytes | wgmma | temporaries |")
     print("|---|---|---|---|---|---|")
   else:
-    topology = topologies.get_topology_desc(
-      CHIPS[target].topology, platform="tpu"
-    )
     implementation, platform = "pallas_tpu", "tpu"
     print(
       "| case | bundles a step | steps | us | floor: units, HBM us | of floor "
@@ -188,7 +181,7 @@ def report(target, only, dump):
     for path in glob.glob(f"{dump}/*"):
       os.remove(path)
     make = cases.CASES[f"{implementation}_{name}_{direction}"]
-    function, structs = make(topology.devices)
+    function, structs = make(devices)
     lowered = (
       jax.jit(function).trace(*structs).lower(lowering_platforms=(platform,))
     )

@@ -35,7 +35,7 @@ import re
 import tempfile
 from typing import NamedTuple
 
-from pallas_kernels.chips import CHIPS
+from pallas_kernels.chips import CHIPS, compile_only_devices
 from pallas_kernels.gated_delta.compile_report import (
   command_line,
   tpu_kernel,
@@ -72,7 +72,7 @@ def window_length():
   return automaton.paper().sleep.window_length
 
 
-def compile_case(topology, dump, config, passes, kernel):
+def compile_case(device, dump, config, passes, kernel):
   """The compiled sleep of a window; the dump is of this compilation alone.
 
   Args:
@@ -88,7 +88,7 @@ def compile_case(topology, dump, config, passes, kernel):
   for path in glob.glob(f"{dump}/*"):
     os.remove(path)
   tokens = BATCH, window_length()
-  sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+  sharding = jax.sharding.SingleDeviceSharding(device)
 
   def array(x):
     # In the order of its axes: XLA would put the batch of S last here, where S
@@ -156,10 +156,10 @@ class Row(NamedTuple):
   temporaries: int
 
 
-def kernel_rows(topology, dump, config) -> dict[int, Row]:
+def kernel_rows(device, dump, config) -> dict[int, Row]:
   """By N. The passes are a rolled loop: N > 1 changes nothing but its trips."""
   kernels = importlib.import_module("pallas_kernels.sleep_stack.pallas_tpu")
-  compiled = compile_case(topology, dump, config, max(PASSES), kernel=True)
+  compiled = compile_case(device, dump, config, max(PASSES), kernel=True)
   depths, steps, stores, fills = tpu_kernel(dump, "sleep_stack")
   stack = kernels.Stack.of(config, BATCH, window_length(), max(PASSES))
   ((_, repeats),) = config.pattern
@@ -179,12 +179,12 @@ def kernel_rows(topology, dump, config) -> dict[int, Row]:
   }
 
 
-def scan_row(topology, dump, config) -> Row:
+def scan_row(device, dump, config) -> Row:
   """Of one pass."""
   # Each repeat by itself: what is said of a loop is for one trip.
   ((kinds, repeats),) = config.pattern
   flat = dataclasses.replace(config, pattern=((kinds, 1),) * repeats)
-  compiled = compile_case(topology, dump, flat, 1, kernel=False)
+  compiled = compile_case(device, dump, flat, 1, kernel=False)
   depths, steps, stores, fills = tpu_kernel(dump)
   # Those of computations inside fusions are in the fusions' own.
   entry = compiled.as_text().split("\nENTRY ")[1]
@@ -200,12 +200,11 @@ def scan_row(topology, dump, config) -> Row:
 
 def report(target, only, dump):
   """Prints a row of a Markdown table for each case."""
-  topologies = importlib.import_module("jax.experimental.topologies")
   automaton = importlib.import_module("experiments.automaton")
   kernels = importlib.import_module("pallas_kernels.sleep_stack.pallas_tpu")
   trial = importlib.import_module("pallas_kernels.sleep_stack.trial")
   chip = CHIPS[target]
-  topology = topologies.get_topology_desc(chip.topology, platform="tpu")
+  device = compile_only_devices(target)[0]
   units = 1e6 * chip.teraflops  # FLOPs a microsecond
   print(
     "| case | HBM MB | cycles, thousands | us | HBM us | units us | spill "
@@ -217,9 +216,9 @@ def report(target, only, dump):
       continue
     config = dataclasses.replace(automaton.paper().model, compute_dtype=dtype)
     if form == "kernel":
-      rows = kernel_rows(topology, dump, config)
+      rows = kernel_rows(device, dump, config)
     else:
-      one = scan_row(topology, dump, config)
+      one = scan_row(device, dump, config)
       rows = {
         n: one._replace(traffic=n * one.traffic, cycles=n * one.cycles)
         for n in PASSES
