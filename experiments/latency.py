@@ -13,15 +13,11 @@ By default a model of 5 million parameters with a window of 128 tokens;
 """
 
 import dataclasses
-import functools
-import json
-import os
+import sys
 import time
 from typing import Any
 
-from absl import app, flags
-
-from experiments import main as command
+from experiments import measuring
 
 # Tokens between two readings of the clock.
 _BLOCK = 32
@@ -187,10 +183,7 @@ def measure(config, passes, histories, rounds: int) -> dict[str, Any]:
     "vocabulary": vocabulary,
     "rounds": rounds,
     "tokens_per_reading": block,
-    "device": str(jax.devices()[0].device_kind),
-    "cores": os.cpu_count(),
-    "load_average": os.getloadavg()[0],
-    "jax": jax.__version__,
+    **measuring.surroundings(),
     "model": dataclasses.asdict(config.model),
   }
 
@@ -231,9 +224,7 @@ def verdicts(report) -> list[str]:
       np.median([cells[n, x]["stall_seconds"] for x in histories])
       for n in passes
     ]
-    slope, base = np.polyfit(passes, stalls, 1, w=1 / np.array(stalls))
-    fitted = base + slope * np.array(passes)
-    off = np.max(np.abs(np.array(stalls) / fitted - 1))
+    base, slope, off = measuring.affine(passes, stalls)
     said.append(
       f"a sleep: {1e3 * base:.1f} ms + {1e3 * slope:.1f} ms x N, within "
       f"{off:.1%}"
@@ -276,44 +267,22 @@ def table(report) -> str:
   return "\n".join(lines)
 
 
-def main(_):
-  from experiments import figures
-  from sleep_jax.config import from_config_dict
-  from sleep_jax.training.workdir import write_atomically
-
-  given = flags.FLAGS
-  try:
-    numbers = [
-      sorted({int(x) for x in some}) for some in (given.passes, given.histories)
-    ]
-    if any(not some or some[0] < 1 for some in numbers):
-      raise ValueError("--passes, --histories: give whole numbers from 1 on")
-    config = default_config()
-    if command.CONFIG.value is not None:
-      config = from_config_dict(command.CONFIG.value)
-    if config.sleep.eviction == "none" or config.sleep.window_length < 2:
-      raise ValueError(
-        "the config's model never sleeps, or its window is one token: set "
-        "sleep.eviction to 'hard' and sleep.window_length above 1"
-      )
-    report = measure(config, *numbers, given.rounds)
-    said = verdicts(report)
-    print(table(report), *said, sep="\n")
-    if given.json:
-      text = json.dumps(report | {"verdicts": said}, indent=2) + "\n"
-      write_atomically(given.json, text)
-    if given.plot:
-      figures.latency(report, given.plot)
-  except (ValueError, OSError) as error:
-    command.fail(error)
+def check(config) -> None:
+  """ValueError where the config's model never sleeps."""
+  if config.sleep.eviction == "none" or config.sleep.window_length < 2:
+    raise ValueError(
+      "the config's model never sleeps, or its window is one token: set "
+      "sleep.eviction to 'hard' and sleep.window_length above 1"
+    )
 
 
 if __name__ == "__main__":
-  flags.DEFINE_list("passes", ["1", "2", "4", "8"], "N of the sleeps")
-  flags.DEFINE_list("histories", ["1", "4", "16", "64"], "in windows")
-  flags.DEFINE_integer("rounds", 16, "readings of each cell", 4)
-  flags.DEFINE_string("json", None, "file for all numbers")
-  flags.DEFINE_string("plot", None, "file for the figure (PNG)")
-  app.run(
-    main, flags_parser=functools.partial(command.parse, needs_config=False)
+  measuring.run(
+    sys.modules[__name__],
+    {
+      "passes": ("1,2,4,8", "N of the sleeps"),
+      "histories": ("1,4,16,64", "in windows"),
+    },
+    rounds=16,
+    figure="latency",
   )

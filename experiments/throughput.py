@@ -15,16 +15,12 @@ rows of 2,048 tokens; `--config=experiments/math.py` chooses another.
 """
 
 import dataclasses
-import functools
-import json
 import math
-import os
+import sys
 import time
 from typing import Any
 
-from absl import app, flags
-
-from experiments import main as command
+from experiments import measuring
 
 _LEAST_WINDOWS = 4
 # From here on the paper's figure has windows cost little.
@@ -141,11 +137,8 @@ def measure(config, windows, passes, rounds: int) -> dict[str, Any]:
     "cells": measured,
     "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
     "vocabulary": vocabulary,
-    "device": str(jax.devices()[0].device_kind),
+    **measuring.surroundings(),
     "devices": jax.device_count(),
-    "cores": os.cpu_count(),
-    "load_average": os.getloadavg()[0],
-    "jax": jax.__version__,
     "model": dataclasses.asdict(config.model),
   }
 
@@ -181,8 +174,7 @@ def verdicts(report) -> list[str]:
   passes = np.array([n for _, n in sleeping])
   times = np.array([np.median(x["seconds"]) for x in sleeping.values()])
   if len(passes) > 2:
-    slope, base = np.polyfit(passes, times, 1, w=1 / times)
-    off = np.max(np.abs(times / (base + slope * passes) - 1))
+    base, slope, off = measuring.affine(passes, times)
     said.append(
       f"a step of L = {max(x for x, _ in sleeping)}: {1e3 * base:.0f} ms + "
       f"{1e3 * slope:.0f} ms x N, within {off:.1%}"
@@ -210,44 +202,22 @@ def table(report) -> str:
   return "\n".join(lines)
 
 
-def main(_):
-  from experiments import figures
-  from sleep_jax.config import from_config_dict
-  from sleep_jax.training.workdir import write_atomically
-
-  given = flags.FLAGS
-  try:
-    windows, passes = (
-      sorted({int(x) for x in some}) for some in (given.windows, given.passes)
+def check(config) -> None:
+  """ValueError where the config's model never sleeps."""
+  if config.sleep.eviction == "none":
+    raise ValueError(
+      "the config's model has one window and never sleeps: set "
+      "sleep.eviction to 'hard' or 'sliding'"
     )
-    if any(not some or some[0] < 1 for some in (windows, passes)):
-      raise ValueError("--windows, --passes: give whole numbers from 1 on")
-    config = default_config()
-    if command.CONFIG.value is not None:
-      config = from_config_dict(command.CONFIG.value)
-    if config.sleep.eviction == "none":
-      raise ValueError(
-        "the config's model has one window and never sleeps: set "
-        "sleep.eviction to 'hard' or 'sliding'"
-      )
-    report = measure(config, windows, passes, given.rounds)
-    said = verdicts(report)
-    print(table(report), *said, sep="\n")
-    if given.json:
-      text = json.dumps(report | {"verdicts": said}, indent=2) + "\n"
-      write_atomically(given.json, text)
-    if given.plot:
-      figures.throughput(report, given.plot)
-  except (ValueError, OSError) as error:
-    command.fail(error)
 
 
 if __name__ == "__main__":
-  flags.DEFINE_list("windows", ["64", "256", "512"], "L")
-  flags.DEFINE_list("passes", ["1", "2", "4"], "N of the sleeps")
-  flags.DEFINE_integer("rounds", 12, "steps of each cell", 4)
-  flags.DEFINE_string("json", None, "file for all numbers")
-  flags.DEFINE_string("plot", None, "file for the figure (PNG)")
-  app.run(
-    main, flags_parser=functools.partial(command.parse, needs_config=False)
+  measuring.run(
+    sys.modules[__name__],
+    {
+      "windows": ("64,256,512", "L"),
+      "passes": ("1,2,4", "N of the sleeps"),
+    },
+    rounds=12,
+    figure="throughput",
   )
