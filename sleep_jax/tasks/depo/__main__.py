@@ -9,10 +9,10 @@ Bad input ends each with one line and exit status 2.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 
+from sleep_jax.tasks import problem_files
 from sleep_jax.tasks.depo.checker import Wrong, check, read_records
 from sleep_jax.tasks.depo.task import HOPS, MARKER, Depo, DepoConfig, Problem
 
@@ -73,16 +73,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace) -> int:
-  if arguments.count < 1:
-    raise ValueError(f"count={arguments.count} is below 1: write one or more")
-  given = vars(arguments)
-  config = DepoConfig(
-    **{
-      field.name: given[field.name]
-      for field in dataclasses.fields(DepoConfig)
-      if field.name in given
-    }
-  )
+  config = problem_files.config_of(arguments, DepoConfig)
   task = Depo(config, arguments.seed)
   task.size(arguments.split)
   with open(arguments.file, "w", encoding="utf-8") as lines:
@@ -94,41 +85,20 @@ def _write(arguments: argparse.Namespace) -> int:
   return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m sleep_jax.tasks.depo",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  commands = parser.add_subparsers(required=True)
-  check = commands.add_parser("check", help="check the problems of a file")
-  check.set_defaults(run=_check)
-  write = commands.add_parser("write", help="write problems to a file")
-  write.set_defaults(run=_write)
-  for command in (check, write):
-    command.add_argument("file", metavar="FILE.jsonl")
-  write.add_argument("--count", type=int, default=1000)
-  write.add_argument("--seed", type=int, default=0)
-  write.add_argument("--split", default="train")
-  for name in ("nodes", "hops", "queries", "mini_vocab"):
-    write.add_argument(f"--{name}", type=int, default=getattr(DepoConfig, name))
-  write.add_argument(
-    "--name_length",
-    type=lambda text: tuple(map(int, text.split(","))),
-    default=DepoConfig.name_length,
-    help="shortest,longest",
-  )
-  return parser
-
-
 def main() -> int:
   """The exit status of the command line."""
-  arguments = _parser().parse_args()
-  try:
-    return arguments.run(arguments)
-  except (OSError, ValueError) as error:
-    print(str(error), file=sys.stderr)
-    return 2
+  parser, commands = problem_files.parsers(
+    "depo",
+    __doc__,
+    {
+      "check": ("check the problems of a file", _check),
+      "write": ("write problems to a file", _write),
+    },
+  )
+  names = "nodes", "hops", "queries", "mini_vocab", "name_length"
+  problem_files.add_options(commands["write"], DepoConfig, names, count=1000)
+  commands["write"].add_argument("--split", default="train")
+  return problem_files.main(parser)
 
 
 if __name__ == "__main__":

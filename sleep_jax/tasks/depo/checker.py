@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sleep_jax.tasks import problem_files
+
 _HOPS, _MARKER = 9000, 9500
 # Of params that the original leaves out: those that its functions default to.
 _DEFAULTS = dict(M=10, mini_vocab=3, min_tlen=5, max_tlen=7)
@@ -28,19 +30,13 @@ def read_records(path: str | pathlib.Path) -> Iterator[tuple[int, dict]]:
       file and line.
     OSError: the file cannot be read.
   """
-  empty = True
-  with open(path, encoding="utf-8", errors="replace") as lines:
-    for number, line in enumerate(lines, start=1):
-      if line.strip():
-        empty = False
-        try:
-          fields = json.loads(line)
-          _check_types(fields)
-        except (ValueError, RecursionError) as error:
-          raise ValueError(f"{path}, line {number}: {error}") from error
-        yield number, fields
-  if empty:
-    raise ValueError(f"{path}: no problem in it; a line is one JSON object")
+  return problem_files.read_lines(path, _numbered)
+
+
+def _numbered(line: str, number: int) -> tuple[int, dict]:
+  fields = json.loads(line)
+  _check_types(fields)
+  return number, fields
 
 
 def _check_types(fields: Any) -> None:

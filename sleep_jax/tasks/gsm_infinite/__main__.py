@@ -15,9 +15,8 @@ import collections
 import dataclasses
 import re
 import sys
-from collections.abc import Callable
-from typing import Any
 
+from sleep_jax.tasks import problem_files
 from sleep_jax.tasks.gsm_infinite.config import GsmInfiniteConfig
 from sleep_jax.tasks.gsm_infinite.jsonl import read_records, write_problems
 from sleep_jax.tasks.gsm_infinite.solver import Unsolvable, solve
@@ -64,14 +63,7 @@ def _floors(arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace) -> int:
-  if arguments.count < 1:
-    raise ValueError(f"count={arguments.count} is below 1: write one or more")
-  config = GsmInfiniteConfig(
-    **{
-      field.name: getattr(arguments, field.name)
-      for field in dataclasses.fields(GsmInfiniteConfig)
-    }
-  )
+  config = problem_files.config_of(arguments, GsmInfiniteConfig)
   task = GsmInfinite(config, arguments.seed)
   write_problems(
     arguments.file,
@@ -81,47 +73,22 @@ def _write(arguments: argparse.Namespace) -> int:
   return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m sleep_jax.tasks.gsm_infinite",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  commands = parser.add_subparsers(required=True)
-  check = commands.add_parser("check", help="check the answers of a file")
-  check.set_defaults(run=_check)
-  floors = commands.add_parser("floors", help="score without reasoning")
-  floors.set_defaults(run=_floors)
-  write = commands.add_parser("write", help="write problems to a file")
-  write.set_defaults(run=_write)
-  for command in (check, floors, write):
-    command.add_argument("file", metavar="FILE.jsonl")
-  write.add_argument("--count", type=int, default=10_000)
-  write.add_argument("--seed", type=int, default=0)
-  write.add_argument("--split", default="train", choices=("train", "heldout"))
-  for field in dataclasses.fields(GsmInfiniteConfig):
-    write.add_argument(
-      f"--{field.name}", type=_reader(field.default), default=field.default
-    )
-  return parser
-
-
-def _reader(default: Any) -> Callable[[str], object]:
-  """What makes a value like the default from an option's text."""
-  if not isinstance(default, tuple):
-    return type(default)
-  item = type(default[0])
-  return lambda text: tuple(item(part) for part in text.split(","))
-
-
 def main() -> int:
   """The exit status of the command line."""
-  arguments = _parser().parse_args()
-  try:
-    return arguments.run(arguments)
-  except (OSError, ValueError) as error:
-    print(str(error), file=sys.stderr)
-    return 2
+  parser, commands = problem_files.parsers(
+    "gsm_infinite",
+    __doc__,
+    {
+      "check": ("check the answers of a file", _check),
+      "floors": ("score without reasoning", _floors),
+      "write": ("write problems to a file", _write),
+    },
+  )
+  write = commands["write"]
+  names = [field.name for field in dataclasses.fields(GsmInfiniteConfig)]
+  problem_files.add_options(write, GsmInfiniteConfig, names, count=10_000)
+  write.add_argument("--split", default="train", choices=("train", "heldout"))
+  return problem_files.main(parser)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 
+from sleep_jax.tasks import problem_files
 from sleep_jax.tasks.base import Example, Question
 from sleep_jax.tasks.gsm_infinite.task import Problem
 from sleep_jax.tasks.gsm_infinite.text import in_heldout, split_words
@@ -43,17 +44,7 @@ def read_records(path: str | pathlib.Path) -> Iterator[Record]:
       and line.
     OSError: the file cannot be read.
   """
-  empty = True
-  with open(path, encoding="utf-8", errors="replace") as lines:
-    for number, line in enumerate(lines, start=1):
-      if line.strip():
-        empty = False
-        try:
-          yield _record(line, number)
-        except (ValueError, RecursionError) as error:
-          raise ValueError(f"{path}, line {number}: {error}") from error
-  if empty:
-    raise ValueError(f"{path}: no problem in it; a line is one JSON object")
+  return problem_files.read_lines(path, _record)
 
 
 def _record(text: str, line: int) -> Record:
