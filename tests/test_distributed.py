@@ -1,6 +1,5 @@
 """Several processes on one machine train as one, and end together."""
 
-import json
 import os
 import signal
 import socket
@@ -14,12 +13,8 @@ import numpy as np
 import pytest
 
 from experiments import automaton
-from sleep_jax.data.tokenizers import make_tokenizer
-from sleep_jax.model.hybrid_lm import HybridLM
-from sleep_jax.tasks import make_task
-from sleep_jax.training import checkpoints
 from sleep_jax.training.preemption import EXIT_CODE
-from sleep_jax.training.step import init_params
+from tests.test_loop import final_params, lines
 
 FLAGS = (
   "--config.run.steps=6 --config.run.checkpoint_every=2 "
@@ -68,9 +63,7 @@ def finish(processes, timeout=600):
 
 
 def losses(workdir):
-  lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
-  read = [json.loads(line) for line in lines]
-  return {x["step"]: x["loss"] for x in read if "loss" in x}
+  return {x["step"]: x["loss"] for x in lines(workdir) if "loss" in x}
 
 
 def wait_for_step(workdir, step, processes):
@@ -85,12 +78,8 @@ def wait_for_step(workdir, step, processes):
   raise AssertionError(f"step {step} was never reached")
 
 
-def final_params(workdir):
-  config = automaton.tiny()
-  task = make_task(config.task, "", 0, len)
-  vocabulary = make_tokenizer("words", task.vocabulary, "").vocab_size
-  like = init_params(HybridLM(config.model, vocabulary), 0)
-  return jax.tree.leaves(checkpoints.restore_params(workdir, like))
+def params_of(workdir):
+  return jax.tree.leaves(final_params(workdir, automaton.tiny()))
 
 
 def test_a_partner_that_never_comes(tmp_path):
@@ -173,7 +162,7 @@ def test_processes_train_as_one(alone, tmp_path, count, mesh):
   assert len(table) == len(alone[1].splitlines()) == 5
   assert all(not said for _, said, _ in ended[1:])
   for x, y in zip(
-    final_params(tmp_path / "run"), final_params(alone[0]), strict=True
+    params_of(tmp_path / "run"), params_of(alone[0]), strict=True
   ):
     np.testing.assert_allclose(x, y, atol=2e-3)
 
@@ -191,7 +180,7 @@ def test_on_with_the_same_mesh_to_the_bit(tmp_path, count):
     assert {x[0] for x in finish(running)} == {EXIT_CODE}
   assert {x[0] for x in finish(start(broken, count, *flags))} == {0}
   assert losses(broken) == losses(whole)
-  for x, y in zip(final_params(broken), final_params(whole), strict=True):
+  for x, y in zip(params_of(broken), params_of(whole), strict=True):
     np.testing.assert_array_equal(x, y)
 
 
