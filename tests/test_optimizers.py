@@ -8,7 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from sleep_jax.config import ModelConfig, OptimizerConfig
+from sleep_jax.config import (
+  ExperimentConfig,
+  FirstStageConfig,
+  ModelConfig,
+  OptimizerConfig,
+)
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.training import optimizers
 from sleep_jax.training.step import init_params
@@ -188,3 +193,19 @@ def test_biases_are_no_matrices():
   shapes = jax.eval_shape(lambda: init_params(HybridLM(config, 11), 0))
   labels = optimizers.labels(shapes)["group_0"]["attn_0"]["mixer"]["q_proj"]
   assert labels == {"kernel": "muon", "bias": "adamw"}
+
+
+@pytest.mark.parametrize(
+  "always, first, message",
+  [
+    ("", "inserted_jet", "'inserted_jet': it finds no parameter"),
+    ("embedding", "head", "'head': nothing that it finds is found by opt"),
+  ],
+)
+def test_a_stage_in_which_nothing_learns_is_refused(always, first, message):
+  config = ExperimentConfig(
+    optimizer=OptimizerConfig(trainable=always),
+    first_stage=FirstStageConfig(steps=1, trainable=first),
+  )
+  with pytest.raises(ValueError, match=message):
+    optimizers.check_stages(params(), config)
