@@ -199,8 +199,11 @@ def programs(config: ExperimentConfig, devices) -> tuple[Any, dict]:
   Raises:
     ValueError: the config does not fit the devices, or its data cannot be used.
   """
-  _, tokenizer = task_and_tokenizer(config)
-  model = HybridLM(config.model, vocabulary_size(config, tokenizer))
+  # A size that is stated needs no tokenizer, which need not be here either.
+  vocabulary = config.model.vocab_size or vocabulary_size(
+    config, task_and_tokenizer(config)[1]
+  )
+  model = HybridLM(config.model, vocabulary)
   mesh = make_mesh(config, devices)
   rows = config.run.evaluation_batch_size
   if rows % (parts := parts_of_rows(mesh)):

@@ -45,7 +45,7 @@ BATCH = 512
 PASSES = (1, 4)
 DTYPES = ("float32", "bfloat16")
 # Bytes of an element, by XLA's name for its type.
-ITEM_SIZES = dict(f32=4, bf16=2, s32=4, u32=4, pred=1)
+ITEM_SIZES = dict(f32=4, bf16=2, s32=4, u32=4, s8=1, u8=1, pred=1)
 # Operations that move nothing, or whose end is counted at their start.
 FREE = (
   *("parameter", "constant", "bitcast", "tuple", "get-tuple-element"),
