@@ -14,10 +14,8 @@ from typing import Any
 import ml_collections
 
 from sleep_jax.model.update_rules import UPDATE_RULES
-from sleep_jax.tasks import TASKS
-from sleep_jax.tasks.depo import DepoConfig
+from sleep_jax.tasks import TASKS, TaskConfig
 from sleep_jax.tasks.gsm_infinite import GsmInfiniteConfig
-from sleep_jax.tasks.rule110 import Rule110Config
 
 # Kinds of blocks: attention over the window, or over its own shorter one; fast
 # weights with a fixed or a dynamic convolution; the latter without an MLP,
@@ -511,7 +509,7 @@ class ExperimentConfig:
     ValueError: values are out of bounds; one line that names every violation.
   """
 
-  task: GsmInfiniteConfig | Rule110Config | DepoConfig = GsmInfiniteConfig()
+  task: TaskConfig = GsmInfiniteConfig()
   model: ModelConfig = ModelConfig()
   sleep: SleepConfig = SleepConfig()
   data: DataConfig = DataConfig()
@@ -630,7 +628,7 @@ def _from_dict(config: Any) -> ExperimentConfig:
       f"bad config: task.name = {task_name!r}: one of {sorted(TASKS)}"
     )
   classes = {
-    "task": TASKS[task_name],
+    "task": TASKS[task_name].config,
     "model": ModelConfig,
     "sleep": SleepConfig,
     "data": DataConfig,
