@@ -37,7 +37,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments import main as command
@@ -394,6 +394,7 @@ def main(_):
 
   from sleep_jax.training import preemption
 
+  logging.set_verbosity(logging.WARNING)
   # This process only counts; the devices are for the runs.
   jax.config.update("jax_platforms", "cpu")
   given, config_flag = flags.FLAGS, flags.FLAGS["config"]
