@@ -29,6 +29,7 @@ setup(
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
+    "scipy>=1.13",
     "tqdm>=4.67",
   ],
   extras_require={

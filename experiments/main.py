@@ -28,6 +28,15 @@ def fail(message: object):
   sys.exit(2)
 
 
+def config_name() -> str:
+  """What runs of --config are called: <config>[-<size>][-<baseline>]."""
+  name, _, size = config_flags.get_config_filename(
+    flags.FLAGS["config"]
+  ).partition(":")
+  # No comma: `experiments.figures` parts folders by it.
+  return "-".join([Path(name).stem, *filter(None, size.split(","))])
+
+
 def join_processes():
   """Joins the other processes of the run, if the flags say that there are."""
   from sleep_jax.parallel import distributed
@@ -83,11 +92,7 @@ def main(_):
   join_processes()
   if jax.process_index() > 0:
     logging.set_verbosity(logging.WARNING)
-  name, _, size = config_flags.get_config_filename(
-    flags.FLAGS["config"]
-  ).partition(":")
-  # No comma: `experiments.figures` parts folders by it.
-  name = "-".join([Path(name).stem, *filter(None, size.split(","))])
+  name = config_name()
   folder = Path(WORKDIR.value or f"runs/{name}")
   try:
     results = loop.train(from_config_dict(CONFIG.value), folder)

@@ -35,10 +35,7 @@ def open_workdir(
   text = json.dumps(config, indent=2) + "\n"
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if config_path.exists():
-      _check_same_config(
-        workdir, config_path.read_text("utf-8", "replace"), text
-      )
+    check_config(workdir, config)
     # Also when the config is already there: a folder that cannot be written
     # should be found out now, not at the first checkpoint.
     if process_index == 0:
@@ -49,6 +46,42 @@ def open_workdir(
       " choose another --workdir"
     ) from error
   return workdir
+
+
+def check_config(path: str | os.PathLike, config: Mapping[str, Any]) -> None:
+  """Checks that the folder `path`, if it holds a run, holds that of `config`.
+
+  Raises:
+    ValueError: it holds a run with another config, or nothing readable.
+  """
+  workdir = Path(path)
+  try:
+    old_text = (workdir / "config.json").read_text("utf-8", "replace")
+  except FileNotFoundError:
+    return
+  try:
+    old = _leaves(json.loads(old_text))
+  except ValueError as error:
+    raise ValueError(
+      f"{workdir}/config.json is not JSON: choose another --workdir, or"
+      " delete this one"
+    ) from error
+  new = _leaves(json.loads(json.dumps(config)))
+  differences = [
+    f"{name}: {was!r} there, {now!r} now"
+    for name in sorted(old | new)
+    if not name.startswith(_FREE)
+    and (was := old.get(name, "absent")) != (now := new.get(name, "absent"))
+  ]
+  if not differences:
+    return
+  named = "; ".join(differences[:_NAMED_DIFFERENCES])
+  if len(differences) > _NAMED_DIFFERENCES:
+    named += f"; and {len(differences) - _NAMED_DIFFERENCES} more"
+  raise ValueError(
+    f"--workdir={workdir} holds a run with another config ({named}):"
+    " choose another --workdir, or delete this one"
+  )
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
@@ -83,32 +116,6 @@ def new_folder(path: str | os.PathLike) -> Generator[Path, None, None]:
     temporary.rename(path)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_same_config(workdir: Path, old_text: str, new_text: str) -> None:
-  try:
-    old = _leaves(json.loads(old_text))
-  except ValueError as error:
-    raise ValueError(
-      f"{workdir}/config.json is not JSON: choose another --workdir, or"
-      " delete this one"
-    ) from error
-  new = _leaves(json.loads(new_text))
-  differences = [
-    f"{name}: {was!r} there, {now!r} now"
-    for name in sorted(old | new)
-    if not name.startswith(_FREE)
-    and (was := old.get(name, "absent")) != (now := new.get(name, "absent"))
-  ]
-  if not differences:
-    return
-  named = "; ".join(differences[:_NAMED_DIFFERENCES])
-  if len(differences) > _NAMED_DIFFERENCES:
-    named += f"; and {len(differences) - _NAMED_DIFFERENCES} more"
-  raise ValueError(
-    f"--workdir={workdir} holds a run with another config ({named}):"
-    " choose another --workdir, or delete this one"
-  )
 
 
 def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
