@@ -2,19 +2,26 @@
 
   python -m experiments.figures --workdirs=runs/a,runs/b --labels=N=1,N=2 \
       --out=figures
+  python -m experiments.figures --from=runs/automaton-sweep --out=figures
 
-Runs with the same label are seeds of one setting. Needs the extra `plots`.
+Runs with the same label are seeds of one setting. With --from, all runs in a
+folder, as `experiments.sweep` leaves them, are labelled by what they differ in,
+and drawn as the paper draws: against training tokens a panel for each depth
+(figures 2b, 3, 4, 5) or, where each run has its own depth, also one for each
+setting (2a); and beside the paper, against training FLOPs, and how they end by
+depth. Needs the extra `plots`.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments import studies
 from sleep_jax.training.metrics import read_metrics
 
 # Okabe and Ito's palette, told apart with any colour vision; the markers tell
@@ -122,14 +129,7 @@ def training_curves(
     for label, seeds in metrics.items():
       colour, _ = styles[label]
       curves = [_curve(lines, name) for lines in seeds]
-      if len(curves) > 1:
-        for curve in curves:
-          panel.plot(
-            list(curve), list(curve.values()), color=colour, lw=0.7, alpha=0.45
-          )
-      steps = sorted(set.intersection(*map(set, curves)))
-      mean = [np.mean([curve[step] for curve in curves]) for step in steps]
-      panel.plot(steps, mean, color=colour, lw=1.8, label=label)
+      _draw_curves(panel, curves, colour, label)
     panel.set_xlabel("training steps")
     panel.set_ylabel(title)
     panel.set_xlim(left=0)
@@ -238,12 +238,144 @@ def throughput(report: Mapping[str, Any], path: str | os.PathLike) -> None:
   _save(figure, path)
 
 
+def study_curves(
+  panels: Sequence[studies.Panel],
+  lines: Callable[[Sequence[studies.Run]], Mapping[str, Sequence[studies.Run]]],
+  x: str,
+  path: str | os.PathLike,
+) -> None:
+  """Draws a metric on the way against what training has cost, to a PNG.
+
+  Seeds are thin lines, their mean over the steps that all have a thick one.
+
+  Args:
+    panels: what each shows.
+    lines: runs of a panel -> label -> its seeds.
+    x: "tokens" or "FLOPs" (`baselines.training_flops`) of training.
+    path: the PNG.
+
+  Raises:
+    ValueError: matplotlib is missing, there are too many labels, or a config's
+      FLOPs cannot be counted.
+  """
+  grouped = [lines(panel.runs) for panel in panels]
+  styles = _styles(dict.fromkeys(label for group in grouped for label in group))
+  figure, axes = _panels(len(panels))
+  costs: dict[str, float] = {}
+  for axis, panel, group in zip(axes, panels, grouped, strict=True):
+    for label, seeds in group.items():
+      curves = [_curve(run.metrics, panel.metric) for run in seeds]
+      cost = _tokens(seeds[0]) if x == "tokens" else _flops(seeds[0], costs)
+      _draw_curves(axis, curves, styles[label][0], label, cost)
+    axis.set_title(panel.title, loc="left", fontsize=10)
+    axis.set_xlabel(f"training {x}")
+    axis.set_xlim(left=0)
+    loss = panel.metric.endswith("loss")
+    axis.set_ylim(0, None if loss else 1.02)
+    axis.set_ylabel("test loss (nats)" if loss else "exact accuracy, held out")
+  _save(figure, path)
+
+
+def study_by_depth(
+  runs: Sequence[studies.Run], path: str | os.PathLike
+) -> None:
+  """Draws how runs end by depth, mean and 95% interval over seeds, to a PNG.
+
+  Raises:
+    ValueError: matplotlib is missing, or there are too many labels.
+  """
+  apart = studies.depth_setting(runs)
+  lines = studies.by_setting(runs, [apart] if apart else [])
+  styles = _styles(lines)
+  figure, (panel,) = _panels(1)
+  floors: dict[int, float] = {}
+  for i, (label, some) in enumerate(lines.items()):
+    scores: dict[int, list] = {}
+    for run in some:
+      for depth, score in studies.scores_by_depth(run).items():
+        scores.setdefault(depth, []).append(score["accuracy"])
+        floors[depth] = max(score["floor"], floors.get(depth, 0.0))
+    depths = sorted(scores)
+    middle, low, high = np.array(
+      [studies.mean_and_interval(scores[depth]) for depth in depths], float
+    ).T
+    colour, marker = styles[label]
+    panel.errorbar(
+      np.array(depths) + 0.06 * (i - (len(lines) - 1) / 2),
+      middle,
+      # A share has no interval beyond 0 and 1; of one seed there is none.
+      yerr=np.nan_to_num(
+        [middle - np.maximum(low, 0), np.minimum(high, 1) - middle]
+      ),
+      color=colour,
+      marker=marker,
+      ms=4.5,
+      lw=1.2,
+      label=label,
+    )
+  depths = sorted(floors)
+  panel.plot(
+    depths, [floors[d] for d in depths], color=_GREY, ls="--", label=_FLOOR
+  )
+  panel.set_xticks(depths)
+  panel.set_xlabel("depth")
+  panel.set_ylim(0, 1.02)
+  panel.set_ylabel("exact accuracy, held out")
+  _save(figure, path)
+
+
+def draw_study(folder: str | os.PathLike, out: str | os.PathLike) -> list[Path]:
+  """Draws all figures of the runs in `folder`; returns their paths.
+
+  Raises:
+    ValueError: as `studies.read_study` and the figures.
+  """
+  runs, out = studies.read_study(folder), Path(out)
+  depth = studies.depth_setting(runs)
+  panels = studies.panels(runs)
+
+  def others(some):
+    return studies.by_setting(some, [depth] if depth else [])
+
+  drawn = [out / "by_tokens.png", out / "by_flops.png", out / "by_depth.png"]
+  study_curves(panels, others, "tokens", drawn[0])
+  study_curves(panels, others, "FLOPs", drawn[1])
+  study_by_depth(runs, drawn[2])
+  if depth and len(panels) > 1:
+    drawn.append(out / "depths_by_tokens.png")
+    study_curves(
+      [
+        studies.Panel(label, some, panels[0].metric)
+        for label, some in others(runs).items()
+      ],
+      studies.by_depth,
+      "tokens",
+      drawn[-1],
+    )
+  return drawn
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m experiments.figures")
-  parser.add_argument("--workdirs", required=True, help="DIR,DIR,...")
+  parser.add_argument("--from", dest="study", help="folder of runs")
+  parser.add_argument("--workdirs", help="DIR,DIR,...")
   parser.add_argument("--labels", help="one each; default: the folders")
   parser.add_argument("--out", required=True, help="folder that gets the PNGs")
   arguments = parser.parse_args()
+  if (arguments.study is None) == (arguments.workdirs is None):
+    parser.error("give --from or --workdirs")
+  out = Path(arguments.out)
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.study is not None:
+      print(*draw_study(arguments.study, out), sep="\n")
+    else:
+      print(*_draw_workdirs(parser, arguments, out), sep="\n")
+  except (OSError, ValueError) as error:
+    parser.error(str(error))
+
+
+def _draw_workdirs(parser, arguments, out: Path) -> list[Path]:
   workdirs = [Path(workdir) for workdir in arguments.workdirs.split(",")]
   labels = (arguments.labels or arguments.workdirs).split(",")
   if len(labels) != len(workdirs):
@@ -262,14 +394,39 @@ def main() -> None:
     if not result:
       parser.error(f"{workdir}/results.json holds no split")
     results.setdefault(label, []).append(result)
-  out = Path(arguments.out)
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-    accuracy_by_depth(results, out / "accuracy_by_depth.png")
-    training_curves(metrics, out / "training_curves.png")
-  except (OSError, ValueError) as error:
-    parser.error(str(error))
-  print(f"{out}/accuracy_by_depth.png\n{out}/training_curves.png")
+  drawn = [out / "accuracy_by_depth.png", out / "training_curves.png"]
+  accuracy_by_depth(results, drawn[0])
+  training_curves(metrics, drawn[1])
+  return drawn
+
+
+def _draw_curves(axis, curves, colour, label, scale: float = 1) -> None:
+  """Thin lines, and a thick one for their mean; x is step times scale."""
+  if len(curves) > 1:
+    for curve in curves:
+      x = scale * np.array(list(curve))
+      axis.plot(x, list(curve.values()), color=colour, lw=0.7, alpha=0.45)
+  steps = sorted(set.intersection(*map(set, curves)))
+  mean = [np.mean([curve[step] for curve in curves]) for step in steps]
+  axis.plot(scale * np.array(steps), mean, color=colour, lw=1.8, label=label)
+
+
+def _tokens(run: studies.Run) -> float:
+  """Of a training step."""
+  data = run.config["data"]
+  return data["batch_size"] * data["length"]
+
+
+def _flops(run: studies.Run, counted: dict[str, float]) -> float:
+  """Of a training step; `counted` remembers those of each config."""
+  from sleep_jax.baselines import training_flops
+  from sleep_jax.config import from_config_dict
+
+  key = json.dumps([run.config["model"], run.config["sleep"]])
+  if key not in counted:
+    config = from_config_dict(run.config)
+    counted[key] = training_flops(config) / config.run.steps
+  return counted[key]
 
 
 def _accuracies(scores: Mapping[str, Any]) -> np.ndarray:

@@ -25,7 +25,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import operator
 import re
 import shlex
@@ -41,6 +40,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments import main as command
+from experiments.studies import mean_and_interval
 
 _SEED = "run.seed"
 _LOG = "log.txt"
@@ -303,27 +303,6 @@ def table(points: Sequence[Point]) -> list[dict[str, Any]]:
           row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
         rows.append(row | {name: values[name][0] for name in _SHARED})
   return rows
-
-
-def mean_and_interval(
-  values: Sequence[float | None],
-) -> tuple[float | None, float | None, float | None]:
-  """Mean and 95% interval (Student's t) of independent values.
-
-  None where there is none: the mean of no values or of one that is None, the
-  interval of less than two. That of a share may go beyond 0 and 1.
-  """
-  import numpy as np
-  from scipy import stats
-
-  if not values or None in values:
-    return None, None, None
-  mean = float(np.mean(values))
-  if len(values) < 2:
-    return mean, None, None
-  error = np.std(values, ddof=1) / math.sqrt(len(values))
-  half_width = float(stats.t.ppf(0.975, len(values) - 1) * error)
-  return mean, mean - half_width, mean + half_width
 
 
 def as_text(rows: Sequence[Mapping[str, Any]]) -> str:

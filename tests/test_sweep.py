@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import automaton, sweep
+from experiments import automaton, studies, sweep
 from sleep_jax.training.workdir import open_workdir
 
 ROOT = Path(__file__).parents[1]
@@ -257,17 +257,17 @@ def test_a_run_that_a_killed_sweep_left_is_waited_for(tmp_path, capfd):
 
 def test_mean_and_interval_are_students():
   # t of 2 degrees of freedom is 4.302653 at 97.5%; of 1, 12.706205.
-  mean, low, high = sweep.mean_and_interval([1.0, 2.0, 3.0])
+  mean, low, high = studies.mean_and_interval([1.0, 2.0, 3.0])
   assert mean == 2.0
   assert (low, high) == pytest.approx(
     (2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6
   )
-  assert sweep.mean_and_interval([0.0, 2.0]) == pytest.approx(
+  assert studies.mean_and_interval([0.0, 2.0]) == pytest.approx(
     (1.0, 1 - 12.706205, 1 + 12.706205), rel=1e-6
   )
-  assert sweep.mean_and_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
-  assert sweep.mean_and_interval([0.5]) == (0.5, None, None)
-  assert sweep.mean_and_interval([0.5, None]) == (None, None, None)
+  assert studies.mean_and_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
+  assert studies.mean_and_interval([0.5]) == (0.5, None, None)
+  assert studies.mean_and_interval([0.5, None]) == (None, None, None)
 
 
 def test_the_table_is_over_the_seeds_of_each_setting(tmp_path, monkeypatch):
