@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import figures
+from experiments import automaton, figures, studies
+from sleep_jax.config import from_config_dict
 
 pytest.importorskip("matplotlib")
 from matplotlib.image import imread  # noqa: E402
@@ -201,3 +202,90 @@ def test_draw_run_leaves_both_figures_in_the_workdir(tmp_path):
   figures.draw_run("a", results(), tmp_path)
   for name in ("accuracy_by_depth.png", "training_curves.png"):
     assert imread(tmp_path / name).std() > 0
+
+
+def write_run(folder, steps, passes, seed, accuracy, loss=0.5):
+  """A finished Rule 110 run of 20 steps, judged at 10 and 20."""
+  config = automaton.get_config("tiny").to_dict()
+  config["task"]["steps"], config["sleep"]["passes"] = steps, passes
+  config["run"]["seed"] = seed
+  folder.mkdir(parents=True)
+  (folder / "config.json").write_text(json.dumps(config))
+  lines = [
+    {"step": step, "eval/heldout/loss": loss, "eval/heldout/accuracy": x}
+    for step, x in ((10, accuracy / 2), (20, accuracy))
+  ]
+  (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  score = {"accuracy": accuracy, "floor": 0.1 * steps}
+  found = {"heldout": {"overall": score, "depth": {str(steps): score}}}
+  (folder / "results.json").write_text(json.dumps(found))
+
+
+@pytest.fixture
+def study(tmp_path):
+  for i, steps in enumerate((2, 8)):
+    for j, passes in enumerate((1, 4)):
+      for seed in range(3):
+        write_run(
+          *(tmp_path / f"study/{i}{j}{seed}", steps, passes, seed),
+          0.2 + 0.1 * i + 0.3 * j + 0.05 * seed,
+        )
+  return tmp_path / "study"
+
+
+def test_a_study_is_drawn(drawn, study, tmp_path):
+  paths = figures.draw_study(study, tmp_path)
+  assert all(path.stat().st_size for path in paths)
+  tokens, flops, depths, transposed = drawn
+  # Paper, figure 2b: a panel for each t, a line for each N; 2a the other way.
+  assert [x.get_title(loc="left") for x in tokens.axes] == ["t = 2", "t = 8"]
+  assert legend(tokens) == ["N = 1", "N = 4"]
+  assert [x.get_title(loc="left") for x in transposed.axes] == [
+    "N = 1",
+    "N = 4",
+  ]
+  assert legend(transposed) == ["t = 2", "t = 8"]
+  config = from_config_dict(automaton.get_config("tiny"))
+  per_step = config.data.batch_size * config.data.length
+  thick = [x for x in tokens.axes[1].lines if x.get_label() == "N = 4"][0]
+  np.testing.assert_allclose(thick.get_xdata(), [10 * per_step, 20 * per_step])
+  np.testing.assert_allclose(thick.get_ydata(), [0.325, 0.65])
+  assert len(tokens.axes[1].lines) == 2 * (3 + 1)
+  # More passes cost more, per step, than fewer.
+  ends = {x.get_label(): x.get_xdata()[-1] for x in flops.axes[0].lines}
+  assert ends["N = 4"] > 1.3 * ends["N = 1"] > 0
+  (panel,) = depths.axes
+  bars = panel.containers[1]
+  np.testing.assert_allclose(bars.lines[0].get_ydata(), [0.55, 0.65])
+  # Three seeds 0.05 apart: Student's 4.303 x 0.05 / sqrt(3).
+  (low, high), *_ = bars.lines[2][0].get_segments()
+  assert high[1] - low[1] == pytest.approx(2 * 4.303 * 0.05 / 3**0.5, rel=1e-3)
+  floor = [x for x in panel.lines if x.get_label() == "best constant answer"]
+  np.testing.assert_allclose(floor[0].get_ydata(), [0.2, 0.8])
+
+
+def test_what_is_no_study_is_refused(study, tmp_path):
+  with pytest.raises(ValueError, match="no folder in it has a results.json"):
+    figures.draw_study(tmp_path / "nowhere", tmp_path)
+  (study / "000/config.json").unlink()
+  with pytest.raises(ValueError, match="000 has no config.json"):
+    figures.draw_study(study, tmp_path)
+
+
+def test_depo_and_math_have_several_depths_in_a_run(study):
+  run = studies.read_study(study)[0]
+  config = dict(run.config, task={"name": "depo"})
+  scores = {"overall": {"accuracy": 0.5, "floor": 0.1}}
+  depo = studies.Run(config, [], {"hops_1": scores, "hops_4": scores})
+  found = studies.panels([depo])
+  assert [x.title for x in found] == ["hops = 1", "hops = 4"]
+  assert [x.metric for x in found] == ["eval/hops_1/loss", "eval/hops_4/loss"]
+  assert list(studies.scores_by_depth(depo)) == [1, 4]
+  config = dict(run.config, task={"name": "gsm_infinite"})
+  ops = {"depth": {"10": scores["overall"], "2": scores["overall"]}}
+  math = studies.Run(config, [], {"train": {}, "heldout": ops})
+  found = studies.panels([math])
+  assert [x.metric for x in found] == [
+    "eval/heldout/depth_2",
+    "eval/heldout/depth_10",
+  ]
