@@ -208,7 +208,7 @@ def write_run(folder, steps, passes, seed, accuracy, loss=0.5):
   """A finished Rule 110 run of 20 steps, judged at 10 and 20."""
   config = automaton.get_config("tiny").to_dict()
   config["task"]["steps"], config["sleep"]["passes"] = steps, passes
-  config["run"]["seed"] = seed
+  config["run"]["seed"] = config["data"]["seed"] = seed
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps(config))
   lines = [
