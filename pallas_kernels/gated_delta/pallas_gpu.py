@@ -29,7 +29,7 @@ A_high B_high + A_high B_low + A_low B_high.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +190,7 @@ def _launch(kernel, name, interpret, products, outputs, inputs, **scratch):
   q, k, v, total, beta, *others = inputs
   batch, _, heads, value_dim = v.shape
   parts = 1 if q.dtype == jnp.bfloat16 else 2
-  options = {}
+  options: dict[str, Any] = {}
   if jax.__version_info__ >= (0, 12):
     chunks = total.size // TILE * value_dim // TILE
     options["cost_estimate"] = pl.CostEstimate(
