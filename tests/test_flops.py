@@ -223,6 +223,9 @@ def test_a_step_counts_the_same_whatever_kernel_the_machine_has(monkeypatch):
     count_flops(api.gated_delta_rule, *rule_arguments(1, 8))
 
 
+@pytest.mark.skipif(
+  jax.__version_info__ >= (0, 12), reason="the kernel has an estimate"
+)
 def test_a_kernel_without_an_estimate_stops_the_count():
   with pytest.raises(ValueError, match="gated_delta_forward"):
     count_flops(pallas_gpu.gated_delta_rule, *rule_arguments(1, 64))

@@ -245,6 +245,67 @@ def test_kernels_in_small(kernel, length, case, dtype, tolerance):
   assert max(errors.values()) < tolerance, errors
 
 
+def test_the_gpu_kernel_multiplies_alike_where_interpreted():
+  """By the very calls that are compiled; with jax 0.12 all is the same."""
+  arrays = as_arrays(inputs(24), jnp.float32)
+
+  def outputs_and_gradients(interpret):
+    rule = functools.partial(pallas_gpu.gated_delta_rule, interpret=interpret)
+
+    def run(*arrays):
+      outputs, vjp = jax.vjp(rule, *arrays)
+      return outputs, vjp(outputs)
+
+    text = str(jax.make_jaxpr(run)(*arrays))
+    return text.replace(f"interpret={interpret}", "")
+
+  compiled = outputs_and_gradients(None)
+  interpreted = outputs_and_gradients(InterpretGPUParams())
+  products = compiled.count("wgmma_ref")
+  assert products > 100 and "dot_general" not in interpreted
+  assert interpreted.count("wgmma_ref") == products
+  if jax.__version_info__ >= (0, 12):
+    assert "layout_cast" in compiled and interpreted == compiled
+
+
+@pytest.mark.skipif(
+  jax.__version_info__ < (0, 12), reason="plgpu.kernel takes no cost estimate"
+)
+def test_the_gpu_kernel_counts_its_products():
+  """In float32, of two parts, each product of tiles is three of `wgmma`."""
+  arrays = as_arrays(inputs(75, key=96, value=100), jnp.float32)
+
+  def subjaxprs(equation):
+    found = jax.tree.leaves(list(equation.params.values()))
+    found = [getattr(x, "jaxpr", x) for x in found]
+    return [x for x in found if hasattr(x, "eqns")]
+
+  def calls(jaxpr):
+    return sum(
+      (x.primitive.name == "wgmma_ref")
+      + x.params.get("length", 1) * sum(map(calls, subjaxprs(x)))
+      for x in jaxpr.eqns
+    )
+
+  def estimates(jaxpr):
+    for x in jaxpr.eqns:
+      if x.params.get("cost_estimate"):
+        yield x.params["cost_estimate"].flops, sum(map(calls, subjaxprs(x)))
+      else:
+        for inner in subjaxprs(x):
+          yield from estimates(inner)
+
+  def run(*arrays):
+    outputs, vjp = jax.vjp(pallas_gpu.gated_delta_rule, *arrays)
+    return vjp(outputs)
+
+  found = list(estimates(jax.make_jaxpr(run)(*arrays).jaxpr))
+  assert len(found) == 3  # forward, its states again, and backward
+  programs = 2 * 2 * 2  # rows, heads, columns of V in tiles
+  for flops, times in found:
+    assert flops == programs * times // 3 * 2 * pallas_gpu.TILE**3
+
+
 def test_the_finest_dtype_decides_the_precision():
   """Keys in float32 beside bfloat16 are not rounded."""
   arrays = inputs(24)

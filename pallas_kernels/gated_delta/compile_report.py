@@ -14,7 +14,8 @@ matrix units, for the products of the algorithm in one bfloat16 pass, where a
 product (M, K) x (K, N) takes ceil(K / A) ceil(N / A) max(M, A) A^2 multiplies
 of units of side A. Then spills, by vector registers stored and loaded in a
 step, and XLA's temporaries outside of the kernel. For the H100: registers,
-bytes spilled, and tensor-core instructions.
+bytes spilled, the shared memory of a program as the compiled launch asks for it
+and the most that there is, and tensor-core instructions.
 """
 
 import argparse
@@ -29,7 +30,12 @@ import shutil
 import subprocess
 import tempfile
 
-from pallas_kernels.chips import CHIPS, check_compiler, compile_only_devices
+from pallas_kernels.chips import (
+  CHIPS,
+  H100,
+  check_compiler,
+  compile_only_devices,
+)
 
 
 def matrix_floor(shape, direction, chip):
@@ -95,7 +101,11 @@ def tpu_kernel(dump, name="gated_delta_"):
 
 
 def gpu_kernels(dump):
-  """(name, registers, bytes spilled, tensor-core instructions) of each."""
+  """Of each: name, registers, bytes spilled, KiB of shared memory, products.
+
+  Products are tensor-core instructions.
+  """
+  (limit,) = re.findall(r"shared_memory_per_block_optin: (\d+)", H100)
   for path in sorted(glob.glob(f"{dump}/*.ptx")):
     said = subprocess.run(
       ["ptxas", "-v", "-arch=sm_90a", path, "-o", os.devnull],
@@ -104,12 +114,18 @@ def gpu_kernels(dump):
     ).stderr
     with open(path) as file:
       products = len(re.findall(r"wgmma\.mma_async", file.read()))
+    # The host's code, which loads the kernel and grants it its memory.
+    with open(f"{path.removesuffix('.ptx')}.ll") as file:
+      (shared,) = re.findall(
+        r"@mosaic_gpu_get_function\(ptr \S+, ptr \S+, i32 (\d+)", file.read()
+      )
+    shared = f"{int(shared) / 1024:.1f} of {int(limit) / 1024:.0f}"
     pattern = (
-      r"entry function '([^']+)'.*?(\d+) bytes spill stores, (\d+) bytes spill "
-      r"loads.*?Used (\d+) registers"
+      r"entry function '(\w+)_mosaic_gpu_kernel'.*?(\d+) bytes spill stores, "
+      r"(\d+) bytes spill loads.*?Used (\d+) registers"
     )
     for name, stores, loads, used in re.findall(pattern, said, re.S):
-      yield name, int(used), int(stores) + int(loads), products
+      yield name, int(used), int(stores) + int(loads), shared, products
 
 
 def command_line(module, description, targets):
@@ -152,6 +168,7 @@ def main() -> None:
       LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
       MOSAIC_GPU_DUMP_TO=dump,
       MOSAIC_GPU_DUMP_PTX="1",
+      MOSAIC_GPU_DUMP_HOST_LLVM="1",
     )
     if target == "h100":
       os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
@@ -165,8 +182,11 @@ def report(target, only, dump):
   devices = compile_only_devices(target)
   if target == "h100":
     implementation, platform = "pallas_gpu", "cuda"
-    print("| case | kernel | registers | spilled bytes | wgmma | temporaries |")
-    print("|---|---|---|---|---|---|")
+    print(
+      "| case | kernel | registers | spilled bytes | shared memory, KiB "
+      "| wgmma | temporaries |"
+    )
+    print("|---|---|---|---|---|---|---|")
   else:
     implementation, platform = "pallas_tpu", "tpu"
     print(

@@ -29,7 +29,7 @@ A_high B_high + A_high B_low + A_low B_high.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +154,7 @@ def _forward(scale, interpret, only_states, q, k, v, total, beta, state):
   """(o, final state), or the chunks' start states [B, H, T / C * K, V]."""
   batch, heads, chunks, _ = total.shape
   key_dim, value_dim = state.shape[2:]
+  blocks = key_dim // TILE
   if only_states:
     outputs = [
       jax.ShapeDtypeStruct(
@@ -166,22 +167,22 @@ def _forward(scale, interpret, only_states, q, k, v, total, beta, state):
       jax.ShapeDtypeStruct(state.shape, state.dtype),
     ]
   return _launch(
-    functools.partial(
-      _forward_kernel, interpret is not None, scale, only_states
-    ),
+    functools.partial(_forward_kernel, scale, only_states),
     "gated_delta_forward",
     interpret,
+    3 * blocks + 11 if only_states else 5 * blocks + 12,
     outputs,
     (q, k, v, total, beta, state),
-    state=_tile(jnp.float32, key_dim // TILE),
+    state=_tile(jnp.float32, blocks),
     target=_operand(2),
   )
 
 
-def _launch(kernel, name, interpret, outputs, inputs, **scratch):
+def _launch(kernel, name, interpret, products, outputs, inputs, **scratch):
   """Runs a kernel with a program for each 64 columns of V, head and row.
 
   Args:
+    products: of tiles, by a program for a chunk; for XLA's count of FLOPs.
     outputs: their shapes and dtypes.
     inputs: q, k, v, total and beta, then what is the kernel's own.
     scratch: the same of its scratch, beside what both kernels have.
@@ -189,6 +190,18 @@ def _launch(kernel, name, interpret, outputs, inputs, **scratch):
   q, k, v, total, beta, *others = inputs
   batch, _, heads, value_dim = v.shape
   parts = 1 if q.dtype == jnp.bfloat16 else 2
+  options: dict[str, Any] = {}
+  if jax.__version_info__ >= (0, 12):
+    chunks = total.size // TILE * value_dim // TILE
+    options["cost_estimate"] = pl.CostEstimate(
+      flops=2 * TILE**3 * chunks * products,
+      transcendentals=TILE * (TILE + 2) * chunks,
+      bytes_accessed=sum(
+        x.size * x.dtype.itemsize for x in (*inputs, *outputs)
+      ),
+    )
+  elif interpret is not None:
+    scratch["transposed"] = _tile(jnp.bfloat16)
   outputs = plgpu.kernel(
     kernel,
     out_type=outputs,
@@ -212,6 +225,7 @@ def _launch(kernel, name, interpret, outputs, inputs, **scratch):
     grid_names=("tile", "head", "row"),
     kernel_name=name,
     interpret=interpret,
+    **options,
   )(
     _split(q),
     _split(k),
@@ -225,7 +239,6 @@ def _launch(kernel, name, interpret, outputs, inputs, **scratch):
 
 
 def _forward_kernel(
-  interpreted,
   scale,
   only_states,
   q,
@@ -251,9 +264,10 @@ def _forward_kernel(
   since_start,
   strength,
   barrier,
+  transposed=None,
 ):
   """A walk over the chunks; the arguments after `outputs` are scratch."""
-  tiles = _Tiles(interpreted, index)
+  tiles = _Tiles(index, transposed)
   row, head, columns = _program()
   query, key, state_parts, target, inverse, work, scores, written = map(
     _Operand,
@@ -358,16 +372,17 @@ def _backward(scale, interpret, q, k, v, total, beta, states, d_o, d_final):
   """
   batch, heads, chunks, _ = total.shape
   key_dim, value_dim = d_final.shape[2:]
-  count = value_dim // TILE
+  count, blocks = value_dim // TILE, key_dim // TILE
   per_key = jax.ShapeDtypeStruct((*q.shape[:3], count * key_dim), jnp.float32)
   per_token = jax.ShapeDtypeStruct(
     (batch, heads, chunks, count * TILE), jnp.float32
   )
   parts = 1 if q.dtype == jnp.bfloat16 else 2
   return _launch(
-    functools.partial(_backward_kernel, interpret is not None, scale),
+    functools.partial(_backward_kernel, scale),
     "gated_delta_backward",
     interpret,
+    13 * blocks + 15,
     [
       per_key,
       per_key,
@@ -379,14 +394,13 @@ def _backward(scale, interpret, q, k, v, total, beta, states, d_o, d_final):
     ],
     (q, k, v, total, beta, states, _split(d_o), d_final),
     d_out=_operand(parts),
-    d_state=_tile(jnp.float32, key_dim // TILE),
+    d_state=_tile(jnp.float32, blocks),
     gram=_operand(2),
     vector=_vector(),
   )
 
 
 def _backward_kernel(
-  interpreted,
   scale,
   q,
   k,
@@ -422,6 +436,7 @@ def _backward_kernel(
   strength,
   vector,
   barrier,
+  transposed=None,
 ):
   """A walk back over the chunks; the arguments after d_start are scratch.
 
@@ -439,7 +454,7 @@ def _backward_kernel(
   reading is r_i = sum_j dL_ij L_ij + dKS_i.(KS)_i, so that within the chunk
   dG_i = q_i.dQ_i - k_i.dK_i + 2 r_i; and dG_C has sum(S' * dS') besides.
   """
-  tiles = _Tiles(interpreted, index)
+  tiles = _Tiles(index, transposed)
   row, head, columns = _program()
   tile = lax.axis_index("tile")
   query, key, d_out, state_parts, inverse, work, scores, gram, written = map(
@@ -608,14 +623,19 @@ class _Decay(NamedTuple):
 class _Tiles:
   """Arithmetic on tiles in registers.
 
-  The interpreter knows neither layouts, which change no value, nor transposed
-  references: where it runs, layouts are left out and products are plain.
+  What is interpreted is what is compiled, but for two things that the
+  interpreter of jax 0.10 lacks and that of 0.12 has. Layouts, which change no
+  value: there they are left out ("MLIR translation rule for primitive
+  'layout_cast' not found for platform cpu"). And views of transposed operands:
+  there products read copies ("'TransposeTransform' object has no attribute
+  'indices'").
   """
 
-  interpreted: bool
   # 0, 1, ... 63 in shared memory: indices computed from a thread's number do
   # not change in a loop, and the compiler keeps them all in registers.
   index: jax.Ref
+  # Where that interpreter copies a tile to; elsewhere None.
+  transposed: jax.Ref | None
 
   def product(self, *pairs):
     """The sum of A B over pairs of operands [64, 64], in float32."""
@@ -626,20 +646,15 @@ class _Tiles:
       for j in range(b.parts.shape[0])
       if i + j < 2  # the product of two low parts is below float32's precision
     ]
-    if self.interpreted:
-
-      def value(operand, part):
-        x = operand.parts[part]
-        return x.T if operand.transposed else x
-
-      return sum(
-        jnp.dot(value(*x), value(*y), preferred_element_type=jnp.float32)
-        for x, y in terms
-      )
 
     def view(operand, part):
       ref = operand.parts.at[self.index[part]]
-      return plgpu.transpose_ref(ref, (1, 0)) if operand.transposed else ref
+      if not operand.transposed:
+        return ref
+      if self.transposed is None:
+        return ref.T
+      self.transposed[...] = ref[...].T
+      return self.transposed
 
     def accumulate(accumulator):
       for x, y in terms:
@@ -734,7 +749,7 @@ class _Tiles:
     return self._laid_out(tile, plgpu.Layout.WGMMA)
 
   def _laid_out(self, x, layout):
-    return x if self.interpreted else plgpu.layout_cast(x, layout)
+    return plgpu.layout_cast(x, layout) if self.transposed is None else x
 
 
 def _varying_as(x, outputs):
