@@ -43,7 +43,7 @@ def load_run(workdir: Path):
   Raises:
     ValueError: it is not the folder of a run with parameters.
   """
-  from sleep_jax.config import from_config_dict
+  from sleep_jax.config import completed, from_config_dict
   from sleep_jax.data.source import task_and_tokenizer, vocabulary_size
   from sleep_jax.model.hybrid_lm import HybridLM
   from sleep_jax.training import checkpoints
@@ -51,7 +51,7 @@ def load_run(workdir: Path):
 
   try:
     text = (workdir / "config.json").read_text()
-    config = from_config_dict(json.loads(text))
+    config = from_config_dict(completed(json.loads(text)))
   except OSError as error:
     raise ValueError(
       f"{workdir}/config.json cannot be read ({error.strerror}): give the "

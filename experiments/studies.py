@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sleep_jax.config import completed
 from sleep_jax.training.metrics import read_metrics
 
 # Runs that differ in these alone are one setting's seeds.
@@ -70,7 +71,9 @@ def read_study(folder: str | os.PathLike) -> list[Run]:
   runs = []
   for results in sorted(folder.glob("*/results.json")):
     try:
-      config = json.loads((results.parent / "config.json").read_text())
+      config = completed(
+        json.loads((results.parent / "config.json").read_text())
+      )
       metrics = read_metrics(results.parent / "metrics.jsonl")
       runs.append(Run(config, metrics, json.loads(results.read_text())))
     except FileNotFoundError as error:

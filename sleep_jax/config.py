@@ -584,6 +584,18 @@ class ExperimentConfig:
       )
 
 
+# But for the task's, which its name tells.
+SECTIONS = {
+  "model": ModelConfig,
+  "sleep": SleepConfig,
+  "data": DataConfig,
+  "optimizer": OptimizerConfig,
+  "first_stage": FirstStageConfig,
+  "mesh": MeshConfig,
+  "run": RunConfig,
+}
+
+
 def _with_tuples(value: Any) -> Any:
   if isinstance(value, dict):
     return {name: _with_tuples(leaf) for name, leaf in value.items()}
@@ -614,6 +626,28 @@ def from_config_dict(config: Any) -> ExperimentConfig:
     raise ValueError("bad config: a value is nested too deeply") from error
 
 
+def completed(config: Any) -> Any:
+  """What a config.json holds, with the leaves that it lacks at their defaults.
+
+  It may have been written before there were these: a new leaf's default is what
+  was done without it.
+  """
+  if not isinstance(config, dict):
+    return config
+  task = config.get("task")
+  kind = TASKS.get(str(task.get("name"))) if isinstance(task, dict) else None
+  classes = SECTIONS | ({"task": kind.config} if kind else {})
+  defaults = {
+    name: dataclasses.asdict(make()) for name, make in classes.items()
+  }
+  return {
+    name: defaults.get(name, {}) | section
+    if isinstance(section := config.get(name, {}), dict)
+    else section
+    for name in config.keys() | defaults.keys()
+  }
+
+
 def _from_dict(config: Any) -> ExperimentConfig:
   if not isinstance(config, dict):
     raise ValueError(f"bad config: {reprlib.repr(config)}: must have sections")
@@ -627,16 +661,7 @@ def _from_dict(config: Any) -> ExperimentConfig:
     raise ValueError(
       f"bad config: task.name = {task_name!r}: one of {sorted(TASKS)}"
     )
-  classes = {
-    "task": TASKS[task_name].config,
-    "model": ModelConfig,
-    "sleep": SleepConfig,
-    "data": DataConfig,
-    "optimizer": OptimizerConfig,
-    "first_stage": FirstStageConfig,
-    "mesh": MeshConfig,
-    "run": RunConfig,
-  }
+  classes = {"task": TASKS[task_name].config, **SECTIONS}
   problems = [f"unknown section {x!r}" for x in config.keys() - classes.keys()]
   problems += [f"missing section {x!r}" for x in classes.keys() - config.keys()]
   sections: dict[str, Any] = {}

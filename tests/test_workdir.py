@@ -1,12 +1,19 @@
 """The run's folder: one config for life, and writes that are whole or not."""
 
 import contextlib
+import dataclasses
 import json
 import os
 
 import pytest
 
-from sleep_jax.training.workdir import open_workdir, write_atomically
+from sleep_jax.config import ExperimentConfig, completed, from_config_dict
+from sleep_jax.tasks.rule110 import Rule110Config
+from sleep_jax.training.workdir import (
+  check_config,
+  open_workdir,
+  write_atomically,
+)
 
 CONFIG = {
   "model": {"width": 64, "layers": ("attention", "gated_delta")},
@@ -116,3 +123,19 @@ def test_a_reader_sees_the_old_file_or_the_new_one_and_never_a_mixture(
     write_atomically(path, "new")
     assert reader.read() == "old"
   assert path.read_text() == "new"
+
+
+def test_a_leaf_newer_than_the_folder_counts_as_at_its_default(tmp_path):
+  config = dataclasses.asdict(ExperimentConfig(task=Rule110Config()))
+  workdir = open_workdir(tmp_path / "run", config)
+  older = json.loads((workdir / "config.json").read_text())
+  del older["model"]["tied_head"], older["task"]["boundary"], older["mesh"]
+  (workdir / "config.json").write_text(json.dumps(older))
+  assert from_config_dict(completed(older)) == from_config_dict(config)
+  check_config(workdir, config)
+  config["model"]["tied_head"] = True
+  with pytest.raises(ValueError, match="tied_head: False there, True now"):
+    check_config(workdir, config)
+  older["gone"] = {"x": 1}
+  with pytest.raises(ValueError, match="unknown section 'gone'"):
+    from_config_dict(completed(older))

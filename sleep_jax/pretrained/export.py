@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from sleep_jax.config import ExperimentConfig, from_config_dict
+from sleep_jax.config import ExperimentConfig, completed, from_config_dict
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.pretrained import convert, hf
 from sleep_jax.training import checkpoints
@@ -82,7 +82,9 @@ def converted(workdir: Path) -> tuple[ExperimentConfig, Path, hf.Numbers]:
     ValueError: it is neither.
   """
   try:
-    config = from_config_dict(json.loads((workdir / "config.json").read_text()))
+    config = from_config_dict(
+      completed(json.loads((workdir / "config.json").read_text()))
+    )
     source = Path(config.run.init_from or workdir)
     entries: Any = json.loads((source / convert.SOURCE_CONFIG).read_text())
   except (OSError, json.JSONDecodeError) as error:

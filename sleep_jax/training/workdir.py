@@ -8,6 +8,8 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sleep_jax.config import completed
+
 _NAMED_DIFFERENCES = 4
 # What does not change a run's results: it may go on with other values.
 _FREE = ("mesh.", "run.keep_", "run.profile_steps")
@@ -19,7 +21,8 @@ def open_workdir(
   """Returns the folder of a run, created and holding `config` in config.json.
 
   A folder that already holds the same config is opened again, to resume; the
-  mesh, the steps that are kept and those profiled may be others.
+  mesh, the steps that are kept and those profiled may be others, and leaves
+  that are newer than the folder count there as at their defaults.
 
   Args:
     path: the folder.
@@ -60,16 +63,17 @@ def check_config(path: str | os.PathLike, config: Mapping[str, Any]) -> None:
   except FileNotFoundError:
     return
   try:
-    old = _leaves(json.loads(old_text))
+    stored = json.loads(old_text)
   except ValueError as error:
     raise ValueError(
       f"{workdir}/config.json is not JSON: choose another --workdir, or"
       " delete this one"
     ) from error
+  old = _leaves(json.loads(json.dumps(completed(stored))))
   new = _leaves(json.loads(json.dumps(config)))
   differences = [
     f"{name}: {was!r} there, {now!r} now"
-    for name in sorted(old | new)
+    for name in sorted(_leaves(stored) | new)
     if not name.startswith(_FREE)
     and (was := old.get(name, "absent")) != (now := new.get(name, "absent"))
   ]
