@@ -191,6 +191,20 @@ def test_a_damaged_step_is_named_and_the_one_before_it_taken(
   assert_restores(workdir, 2)
 
 
+def test_what_another_process_cannot_read_is_not_taken(
+  workdir, monkeypatch, caplog
+):
+  others = iter([True, False])  # its parameters of step 2, its train state
+  monkeypatch.setattr(
+    "jax.experimental.multihost_utils.process_allgather",
+    lambda mine: np.array([mine, next(others, True)]),
+  )
+  with Checkpoints(workdir) as checkpoints:
+    step, *restored = checkpoints.restore_latest(*state(0), batches())
+  assert step == 1 and bits(restored) == bits(state(1))
+  assert "another process cannot read it" in caplog.text
+
+
 def test_finished_steps_of_which_none_can_be_read_are_an_error(workdir):
   """Starting again in silence would overwrite what might be rescued."""
   for step in (1, 2):

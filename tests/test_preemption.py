@@ -16,6 +16,10 @@ def unbroken(tmp_path_factory):
   return workdir, loop.train(CONFIG, workdir)
 
 
+def evaluations(workdir):
+  return [line for line in lines(workdir) if "loss" not in line]
+
+
 @pytest.mark.parametrize(
   "moment, step",
   [("draw_passes", 1), ("evaluate_sets", 3), ("write_results", None)],
@@ -42,4 +46,5 @@ def test_a_signal_at_any_moment(unbroken, tmp_path, monkeypatch, moment, step):
     assert (tmp_path / "checkpoints" / str(step)).is_dir()
     assert loop.train(CONFIG, tmp_path) == unbroken[1]
   assert equal(final_params(tmp_path), final_params(unbroken[0]))
-  assert [line["step"] for line in lines(tmp_path)][-2:] == [6, 6]
+  # An evaluation that was cut short is made up for.
+  assert evaluations(tmp_path) == evaluations(unbroken[0])

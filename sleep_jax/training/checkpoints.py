@@ -7,11 +7,13 @@ serves any number of them). A step counts once its commit_success.txt
 is written, last of all; a run killed while saving leaves a folder without it.
 """
 
+import functools
 import hashlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import grain
@@ -22,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from sleep_jax.array_types import by_name
@@ -135,8 +138,8 @@ class Checkpoints:
   ) -> tuple[int, PyTree, PyTree] | None:
     """Returns (step, params, train) of the newest readable step, if any.
 
-    Steps that are unfinished, truncated or corrupt are passed over with a
-    warning, and the next save replaces them.
+    Steps that are unfinished, truncated or corrupt, be it for one process
+    alone, are passed over with a warning, and the next save replaces them.
 
     Args:
       params_like: arrays or `jax.ShapeDtypeStruct`s of the same names, shapes
@@ -160,10 +163,7 @@ class Checkpoints:
       try:
         params, _ = _read(folder / "params", params_like)
         train, metadata = _read(folder / "train", train_like)
-        (position,) = (folder / "data").glob("process_0-of-*.json")
-        iterator.set_state(json.loads(position.read_text()))
-        if metadata["position"] != _position(iterator):
-          raise ValueError("its data position is corrupt")
+        _on_all(functools.partial(_set_position, folder, iterator, metadata))
       except Exception as error:  # whatever the libraries raise on bad bytes
         reasons.append(f"step {step}: {_first_line(error)}")
         self._unreadable.append(step)
@@ -311,27 +311,55 @@ def _position(iterator: grain.DatasetIterator) -> str:
   return hashlib.sha256(state.encode()).hexdigest()
 
 
+def _set_position(
+  folder: epath.Path, iterator: grain.DatasetIterator, metadata: dict[str, Any]
+) -> None:
+  (position,) = (folder / "data").glob("process_0-of-*.json")
+  iterator.set_state(json.loads(position.read_text()))
+  if metadata["position"] != _position(iterator):
+    raise ValueError("its data position is corrupt")
+
+
+def _on_all(read: Callable[[], Any]) -> Any:
+  """What `read` returns; where it fails for one process, it does for all.
+
+  Else the others would go on alone, to another step or to a computation that
+  the one never joins.
+  """
+  try:
+    result, error = read(), None
+  except Exception as caught:  # whatever the libraries raise on bad bytes
+    result, error = None, caught
+  if not np.all(multihost_utils.process_allgather(np.array(error is None))):
+    raise error or ValueError("another process cannot read it")
+  return result
+
+
 def _read(folder: epath.Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
   """(arrays shaped as `like`, what `_save_arguments` added to them).
 
   Raises:
     ValueError: the arrays are others, or corrupt.
   """
-  handler = ocp.StandardCheckpointHandler()
-  metadata = handler.metadata(folder)
   like_by_name = _arrays_by_name(like)
-  # Restoring would cast dtypes silently.
-  _check_same_arrays(metadata.tree, like_by_name)
-  arrays = handler.restore(
-    folder,
-    args=ocp.args.StandardRestore(
-      {
-        name: _with_sharding(leaf, metadata.tree[name].dtype)
-        for name, leaf in like_by_name.items()
-      }
-    ),
-  )
-  saved = metadata.custom_metadata
+
+  def read():
+    handler = ocp.StandardCheckpointHandler()
+    metadata = handler.metadata(folder)
+    # Restoring would cast dtypes silently.
+    _check_same_arrays(metadata.tree, like_by_name)
+    arrays = handler.restore(
+      folder,
+      args=ocp.args.StandardRestore(
+        {
+          name: _with_sharding(leaf, metadata.tree[name].dtype)
+          for name, leaf in like_by_name.items()
+        }
+      ),
+    )
+    return arrays, metadata.custom_metadata
+
+  arrays, saved = _on_all(read)
   if saved is None:
     raise ValueError("its checksums are missing")
   for name, checksum in _checksums(arrays).items():

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from pallas_kernels.chips import peak_flops
 from sleep_jax.array_types import by_name
@@ -159,6 +160,11 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
         process_index=jax.process_index(),
       ) as writer:
         if start < run.steps:
+          # What SIGTERM has cut short is made up for.
+          due = start and start % run.evaluate_every == 0
+          if due and not multihost_utils.broadcast_one_to_all(writer.judged):
+            _, judged = judge(state.params, _SHARE_ON_THE_WAY)
+            writer.write(start, judged)
           state = _steps(
             *(model, config, start, state, make_step, batches),
             *(judge, saved, writer, preemption),

@@ -50,13 +50,18 @@ class MetricsWriter:
     """
     self.workdir = workdir = Path(workdir)
     self._writes = process_index == 0
+    # Whether the step resumed from was judged; only process 0 knows.
+    self.judged = False
     if not self._writes:
       return
     self._tensorboard = None
     if tensorboard:
       self._tensorboard = _summary_writer(workdir / "tensorboard", start_step)
     path = workdir / "metrics.jsonl"
-    write_atomically(path, _lines_until(path, start_step, total_steps))
+    lines = _lines_until(path, start_step, total_steps)
+    self.judged = any(_judges(line, start_step) for line in lines)
+    kept = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(path, kept)
     self._file = open(path, "a", encoding="utf-8")
     self._total_steps = total_steps
     self._bar = None
@@ -131,16 +136,19 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
   return lines
 
 
-def _lines_until(path: Path, step: int, total_steps: int) -> str:
+def _lines_until(path: Path, step: int, total_steps: int) -> list[dict]:
   if step == 0 or not path.exists():
-    return ""
-  kept = [
+    return []
+  return [
     line
     for line in read_metrics(path)
-    if line["step"] <= step
-    and not (line["step"] == total_steps and "loss" not in line)
+    if line["step"] <= step and not _judges(line, total_steps)
   ]
-  return "".join(json.dumps(line) + "\n" for line in kept)
+
+
+def _judges(line: dict, step: int) -> bool:
+  """Whether a line is an evaluation of the step."""
+  return line["step"] == step and "loss" not in line
 
 
 def _progress_line(
