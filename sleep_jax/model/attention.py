@@ -51,9 +51,9 @@ class Attention(nn.Module):
 
     def heads(name, count):
       bias = config.attention_bias
-      y = layers.dense(
-        config, count * head_dim, f"{name}_proj", use_bias=bias
-      )(x)
+      y = layers.dense(config, count * head_dim, f"{name}_proj", use_bias=bias)(
+        x
+      )
       if self.qk_norm and name != "v":
         y = layers.norm(config, f"{name}_norm")(y)
       return y.reshape(*x.shape[:2], count, head_dim)
