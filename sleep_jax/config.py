@@ -17,11 +17,12 @@ from sleep_jax.model.update_rules import UPDATE_RULES
 from sleep_jax.tasks import TASKS, TaskConfig
 from sleep_jax.tasks.gsm_infinite import GsmInfiniteConfig
 
-# Kinds of blocks: attention over the window, or over its own shorter one; fast
-# weights with a fixed or a dynamic convolution; the latter without an MLP,
-# inserted into a pretrained model, where it starts by adding nothing.
-MIXERS = ("attn", "swa", "gdn", "jet", "inserted_jet")
-ATTENTION = ("attn", "swa")
+# Kinds of blocks: attention over the window, or over its own shorter one, or
+# with norms after it and on its queries and keys, as in OLMo 2; fast weights
+# with a fixed or a dynamic convolution; the latter without an MLP, inserted
+# into a pretrained model, where it starts by adding nothing.
+MIXERS = ("attn", "swa", "post_attn", "gdn", "jet", "inserted_jet")
+ATTENTION = ("attn", "swa", "post_attn")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 EVICTIONS = ("hard", "sliding", "none")
 PORTABLE = ("chunked_xla", "reference")
@@ -93,12 +94,15 @@ class ModelConfig:
   attention_bias: bool = False
   # Tokens that "swa" blocks see, the own one included, where L is more.
   sliding_window: int = 0
-  # Base of the rotary positions; they restart in each window.
+  # Base of the rotary positions, which restart in each window; 0 has none.
   rope_theta: float = 10_000.0
   # H, K, V of the fast weights: S is H matrices of K x V.
   fast_weight_heads: int = 2
   key_dim: int = 32
   value_dim: int = 32
+  # b = beta_range x sigmoid(...): above 1 the transition I - b k k^T of S may
+  # have a negative eigenvalue; above 2 S would grow without bound.
+  beta_range: float = 1.0
   # How S learns: one of `model.update_rules.UPDATE_RULES`.
   update_rule: str = "gated_delta"
   # The code that computes it: "" is the best for the machine; else one of
@@ -169,7 +173,15 @@ class ModelConfig:
         f"model.compute_dtype = {self.compute_dtype!r}: one of {COMPUTE_DTYPES}"
       )
     yield from _positive("model.norm_eps", self.norm_eps)
-    yield from _positive("model.rope_theta", self.rope_theta)
+    if not 0 <= self.rope_theta < math.inf:
+      yield (
+        f"model.rope_theta = {self.rope_theta}: must be positive and finite, "
+        "or 0 for no rotary positions"
+      )
+    if not 0 < self.beta_range <= 2:
+      yield (
+        f"model.beta_range = {self.beta_range}: must be above 0 and at most 2"
+      )
     try:
       fits = len(self.pattern) > 0 and all(
         isinstance(kinds, tuple)

@@ -60,6 +60,38 @@ JET_NEMOTRON = dict(
   },
   torch_dtype="float32",
 )
+# Widths of q, k and v that differ, and two sorts of attention heads.
+OLMO_HYBRID = dict(
+  architectures=["OlmoHybridForCausalLM"],
+  model_type="olmo_hybrid",
+  hidden_size=16,
+  intermediate_size=24,
+  num_hidden_layers=4,
+  layer_types=["linear_attention"] * 2 + ["full_attention", "linear_attention"],
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  attention_bias=False,
+  hidden_act="silu",
+  rms_norm_eps=1e-6,
+  rope_parameters={"rope_theta": None, "rope_type": "default"},
+  tie_word_embeddings=False,
+  vocab_size=61,
+  max_position_embeddings=4096,
+  linear_num_key_heads=2,
+  linear_num_value_heads=2,
+  linear_key_head_dim=4,
+  linear_value_head_dim=6,
+  linear_conv_kernel_dim=4,
+  linear_allow_neg_eigval=True,
+  pad_token_id=None,
+  eos_token_id=None,
+  dtype="float32",
+)
+# What the released models leave out.
+OLMO_HYBRID_TURNED = OLMO_HYBRID | dict(
+  rope_parameters={"rope_theta": 500.0, "rope_type": "default"},
+  linear_allow_neg_eigval=False,
+)
 OURO_1_4B = OURO | dict(
   hidden_size=2048,
   intermediate_size=5632,
@@ -86,9 +118,9 @@ JET_NEMOTRON_2B = JET_NEMOTRON | dict(
 )
 
 
-def stored(name):
+def stored(name, folder=GOLDENS):
   """(weights by name, everything else) of a file of independent answers."""
-  path = GOLDENS / f"{name}.npz"
+  path = folder / f"{name}.npz"
   if not path.exists():
     pytest.skip("no stored answers here")
   with np.load(path) as file:

@@ -32,20 +32,23 @@ def attention(config, p, x, kept, window_length):
   than a window before it.
   """
   length, heads = x.shape[0], config.attention_heads
-  q, k, v = (
-    (
-      x @ p[f"{name}_proj"]["kernel"] + p[f"{name}_proj"].get("bias", 0.0)
-    ).reshape(length, -1, config.width // heads)
-    for name in "qkv"
-  )
+
+  def projected(name):
+    y = x @ p[f"{name}_proj"]["kernel"] + p[f"{name}_proj"].get("bias", 0.0)
+    if f"{name}_norm" in p:
+      y = rms_norm(y, p[f"{name}_norm"]["scale"], config.norm_eps)
+    return y.reshape(length, -1, config.width // heads)
+
+  q, k, v = (projected(name) for name in "qkv")
   own = k, v
   if kept is not None:
     k, v = (jnp.concatenate(pair) for pair in zip(kept, own, strict=True))
   shared = heads // config.key_value_heads
   position = jnp.arange(length)
   seen = jnp.arange(length - len(k), length)
-  q = rope(q, config.rope_theta, position)
-  k = rope(k, config.rope_theta, seen)
+  if config.rope_theta:
+    q = rope(q, config.rope_theta, position)
+    k = rope(k, config.rope_theta, seen)
   k, v = jnp.repeat(k, shared, 1), jnp.repeat(v, shared, 1)
   weights = jnp.exp(jnp.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5)
   distance = position[:, None] - seen
@@ -119,7 +122,7 @@ def fast_weights(config, kind, p, x, state, history):
     q, k, v = plain("q"), plain("k"), dynamic("v")
   q = q / jnp.sqrt(jnp.sum(q**2, -1, keepdims=True) + 1e-6)
   k = k / jnp.sqrt(jnp.sum(k**2, -1, keepdims=True) + 1e-6)
-  beta = 1 / (1 + jnp.exp(-(x @ p["b_proj"]["kernel"])))
+  beta = config.beta_range / (1 + jnp.exp(-(x @ p["b_proj"]["kernel"])))
   dt = jnp.log1p(jnp.exp(x @ p["a_proj"]["kernel"] + p["dt_bias"]))
   decay = jnp.exp(-jnp.exp(p["A_log"]) * dt)
   outputs = []
@@ -144,8 +147,10 @@ def block(config, window_length, kind, p, h, state, kept):
   def norm(name, x):
     return rms_norm(x, p[name]["scale"], config.norm_eps)
 
-  x = norm("mixer_norm", h)
-  if kind == "attn":
+  post = kind == "post_attn"
+  after = config.sandwich_norms or post
+  x = h if post else norm("mixer_norm", h)
+  if kind in ("attn", "post_attn"):
     y, own = attention(config, p["mixer"], x, kept, window_length)
   elif kind == "swa":
     near = min(window_length, config.sliding_window)
@@ -154,13 +159,13 @@ def block(config, window_length, kind, p, h, state, kept):
     y, state, own = fast_weights(config, kind, p["mixer"], x, state, kept)
   if kind == "inserted_jet":
     return h + y, state, own
-  h = h + (norm("mixer_output_norm", y) if config.sandwich_norms else y)
-  x = norm("mlp_norm", h)
+  h = h + (norm("mixer_output_norm", y) if after else y)
+  x = h if post else norm("mlp_norm", h)
   z = silu(x @ p["mlp"]["gate_proj"]["kernel"])
   y = (z * (x @ p["mlp"]["up_proj"]["kernel"])) @ p["mlp"]["down_proj"][
     "kernel"
   ]
-  h = h + (norm("mlp_output_norm", y) if config.sandwich_norms else y)
+  h = h + (norm("mlp_output_norm", y) if after else y)
   return h, state, own
 
 

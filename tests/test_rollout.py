@@ -152,6 +152,12 @@ OURO = dataclasses.replace(
   sandwich_norms=True,
   norm_in_loop=True,
 )
+OLMO_HYBRID = dataclasses.replace(
+  CONFIG,
+  pattern=((("gdn", "post_attn"), 1),),
+  beta_range=2.0,
+  rope_theta=0.0,
+)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +189,13 @@ OURO = dataclasses.replace(
       sleep_config(2, eviction="sliding", carry_convolution=True),
       *("float64", 1e-12),
       id="ouro with jet layers and loops of its own",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      OLMO_HYBRID,
+      sleep_config(2, eviction="sliding", carry_convolution=True),
+      *("float64", 1e-12),
+      id="olmo hybrid, sliding",
       marks=pytest.mark.slow,
     ),
     pytest.param(

@@ -177,6 +177,7 @@ class TestChoice:
       (dict(width=264), 24, "D = 264 and L = 24: at most 256 and 128"),
       (dict(), 129, "D = 16 and L = 129"),
       (dict(update_rule="kda"), 24, "update rule is kda"),
+      (dict(beta_range=2.0), 24, "beta_range and rope_theta are 2.0"),
       (dict(pattern=((("attn", "rnn"), 1),)), 24, "pattern has ['rnn']"),
       (dict(mlp_width=2**19), 24, "MiB of VMEM: at most 64"),
       (dict(), 128, None),

@@ -673,6 +673,11 @@ def cannot_serve(config: ModelConfig, params, batch, length) -> str | None:
       return f"model.{name} is set"
   if config.loops > 1:
     return f"model.loops is {config.loops}"
+  if config.beta_range != 1 or not config.rope_theta:
+    return (
+      f"model.beta_range and rope_theta are {config.beta_range} and "
+      f"{config.rope_theta}"
+    )
   if config.width > MAX_WIDTH or length > MAX_LENGTH:
     return (
       f"D = {config.width} and L = {length}: at most {MAX_WIDTH} and "

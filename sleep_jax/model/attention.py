@@ -30,7 +30,8 @@ _BLOCKS = (
 class Attention(nn.Module):
   """Causal attention in a window, rotary positions, grouped-query heads.
 
-  With `sliding` a token sees at most `model.sliding_window` tokens of it.
+  With `sliding` a token sees at most `model.sliding_window` tokens of it. With
+  `qk_norm` an RMSNorm over the width of all heads is on queries and on keys.
 
   Paper, equation (2). Without a cache, keys and values live for this call
   alone: a later window sees nothing of them. With one, the call's tokens see
@@ -39,6 +40,7 @@ class Attention(nn.Module):
 
   config: ModelConfig
   sliding: bool = False
+  qk_norm: bool = False
 
   @nn.compact
   def __call__(
@@ -49,16 +51,22 @@ class Attention(nn.Module):
 
     def heads(name, count):
       bias = config.attention_bias
-      y = layers.dense(config, count * head_dim, name, use_bias=bias)(x)
+      y = layers.dense(config, count * head_dim, f"{name}_proj", use_bias=bias)(
+        x
+      )
+      if self.qk_norm and name != "v":
+        y = layers.norm(config, f"{name}_norm")(y)
       return y.reshape(*x.shape[:2], count, head_dim)
 
     def turned(x, position):
+      if not config.rope_theta:
+        return x
       return layers.rotary(x, position, config.rope_theta)
 
-    q = turned(heads("q_proj", config.attention_heads), places.position)
-    unturned = heads("k_proj", config.key_value_heads)
+    q = turned(heads("q", config.attention_heads), places.position)
+    unturned = heads("k", config.key_value_heads)
     k = turned(unturned, places.position)
-    v = heads("v_proj", config.key_value_heads)
+    v = heads("v", config.key_value_heads)
     own = KeyValueCache(k, v)
     if cache is None:
       seen = own

@@ -14,6 +14,7 @@ from sleep_jax.model.places import Places
 MIXERS = {
   "attn": Attention,
   "swa": functools.partial(Attention, sliding=True),
+  "post_attn": functools.partial(Attention, qk_norm=True),
   "gdn": GatedDeltaNet,
   "jet": JetLayer,
   # What it adds is zero before the first step. A norm of that zero would have
@@ -27,8 +28,8 @@ MIXERS = {
 class Block(nn.Module):
   """(h, state, cache) -> (h, state, cache) for one kind of mixer.
 
-  With `model.sandwich_norms` what is added to h is normed too. An inserted
-  layer is a mixer alone.
+  With `model.sandwich_norms` what is added to h is normed too; in a "post_attn"
+  block it alone. An inserted layer is a mixer alone.
   """
 
   config: ModelConfig
@@ -36,19 +37,21 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, h: Hidden, state, cache, places: Places):
+    before = self.kind != "post_attn"
+    after = self.config.sandwich_norms or not before
 
-    def norm(name):
-      return layers.norm(self.config, name)
+    def norm(name, x, wanted):
+      return layers.norm(self.config, name)(x) if wanted else x
 
-    sandwich = self.config.sandwich_norms
     mixer = MIXERS[self.kind](self.config, name="mixer")
-    y, state, cache = mixer(norm("mixer_norm")(h), state, cache, places)
+    x = norm("mixer_norm", h, before)
+    y, state, cache = mixer(x, state, cache, places)
     if self.kind == "inserted_jet":
       return h + y, state, cache
-    h = h + (norm("mixer_output_norm")(y) if sandwich else y)
-    y = layers.SwiGLU(self.config, name="mlp")(norm("mlp_norm")(h))
-    h = h + (norm("mlp_output_norm")(y) if sandwich else y)
-    return h, state, cache
+    h = h + norm("mixer_output_norm", y, after)
+    x = norm("mlp_norm", h, before)
+    y = layers.SwiGLU(self.config, name="mlp")(x)
+    return h + norm("mlp_output_norm", y, after), state, cache
 
 
 class Group(nn.Module):

@@ -94,7 +94,8 @@ class GatedDeltaNet(nn.Module):
     mixed, history = self._convolve(x, projected, history, valid)
     q, k, v = (y.reshape(*batch_and_length, heads, -1) for y in mixed)
     q, k = l2_normalise(q), l2_normalise(k)
-    beta = jax.nn.sigmoid(layers.dense(config, heads, "b_proj")(x))
+    rate = jax.nn.sigmoid(layers.dense(config, heads, "b_proj")(x))
+    beta = config.beta_range * rate
     rule = UPDATE_RULES[config.update_rule]
     g = self._log_decay(x, rule.decay)
     rule = sharding.over_heads(

@@ -32,7 +32,7 @@ from sleep_jax.config import (
 )
 from sleep_jax.data.tokenizers import SPECIAL_TOKENS, FileTokenizer
 from sleep_jax.model.hybrid_lm import HybridLM
-from sleep_jax.pretrained import hf, jet_nemotron, ouro
+from sleep_jax.pretrained import hf, jet_nemotron, olmo_hybrid, ouro
 from sleep_jax.training import checkpoints, workdir
 from sleep_jax.training.step import init_params
 
@@ -40,6 +40,7 @@ ARCHITECTURES = {
   architecture.class_name: architecture
   for architecture in (
     jet_nemotron.ARCHITECTURE,
+    olmo_hybrid.ARCHITECTURE,
     ouro.ARCHITECTURE,
   )
 }
@@ -122,7 +123,9 @@ def _experiment(folder, shape, config, tokenizer_path) -> ExperimentConfig:
   # Our special tokens stand after all of its own.
   rows = max(tokenizer.vocab_size, shape.vocab_size)
   if config is None:
-    low = folder.config.entries.get("torch_dtype") == "bfloat16"
+    # "torch_dtype" before version 5 of transformers.
+    entries = folder.config.entries
+    low = entries.get("dtype", entries.get("torch_dtype")) == "bfloat16"
     dtype = "bfloat16" if low else "float32"
     config = ExperimentConfig(
       model=model_config(shape, compute_dtype=dtype),
@@ -201,12 +204,11 @@ def _some(params, paths):
 
 def _fill(array: np.ndarray, tensor: hf.Tensor, value: np.ndarray) -> None:
   """Puts a tensor into its place, and into rows that it lacks their mean."""
-  out = array if tensor.repeat is None else array[tensor.repeat]
-  if tensor.path.endswith("kernel"):
-    out = out.T
-  out[: len(value)] = value
-  if len(value) < len(out):
-    out[len(value) :] = value.mean(axis=0, dtype=np.float32)
+  rows = tensor.rows(array)
+  own = rows[tensor.start :][: len(value)]
+  own[...] = value.reshape(own.shape)
+  if tensor.path in hf.VOCABULARY and len(value) < len(rows):
+    rows[len(value) :] = value.mean(axis=0, dtype=np.float32)
 
 
 def _check_names(folder, places, tied: bool) -> None:

@@ -58,12 +58,9 @@ def export(workdir: str | Path, target: str | Path) -> None:
   )
 
   def read(tensor: hf.Tensor) -> np.ndarray:
-    array = np.asarray(params[tensor.path])
-    if tensor.repeat is not None:
-      array = array[tensor.repeat]
-    if tensor.path.endswith("kernel"):
-      array = array.T
-    return array[: tensor.shape[0]].astype(dtypes[tensor.path])
+    rows = tensor.rows(np.asarray(params[tensor.path]))
+    own = rows[tensor.start :][: tensor.shape[0]]
+    return own.reshape(tensor.shape).astype(dtypes[tensor.path])
 
   with new_folder(target) as made:
     made.mkdir()

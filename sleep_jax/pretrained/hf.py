@@ -2,8 +2,9 @@
 
 An `Architecture` holds the name tables of one kind of model. A table has our
 paths, as in "mixer/q_proj/kernel", and the tensors' names. Kernels are
-transposed ([in, out] here, [out, in] there), all else is as it is; blocks of a
-group are stacked on a leading axis.
+transposed ([in, out] here, [out, in] there; [taps, channels] here, [channels,
+1, taps] there), all else is as it is; blocks of a group are stacked on a
+leading axis.
 """
 
 import contextlib
@@ -24,6 +25,8 @@ INSERTED = "model.inserted_layers.{}."
 LAYER = "model.layers.{}."
 # A tied head may be there all the same.
 HEAD = "lm_head.weight"
+# Of these we may have more rows than there are.
+VOCABULARY = ("embedding/embedding", "head/kernel")
 _INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 2**30
 
@@ -53,12 +56,14 @@ class Architecture:
     shape: config.json -> `Shape`; a ValueError names what it cannot be.
     whole: our paths -> names of tensors.
     layers: for each kind of block, our paths inside it -> names inside a layer.
+      One array that is several tensors there, joined along the channels, has a
+      name for each, after the path of the kernel whose channels it has.
   """
 
   class_name: str
   shape: Callable[["Numbers"], Shape]
   whole: Mapping[str, str]
-  layers: Mapping[str, Mapping[str, str]]
+  layers: Mapping[str, Mapping[str, str | Mapping[str, str]]]
 
 
 class Tensor(NamedTuple):
@@ -68,11 +73,18 @@ class Tensor(NamedTuple):
     path: of our array.
     repeat: index on its leading axis; None if it has none.
     shape: in the folder.
+    start: its first row in our array, as that would be in the folder.
   """
 
   path: str
   repeat: int | None
   shape: tuple[int, ...]
+  start: int = 0
+
+  def rows(self, array: np.ndarray) -> np.ndarray:
+    """A view of our array, or of its repeat, with the rows first."""
+    array = array if self.repeat is None else array[self.repeat]
+    return array.T if self.path.endswith("kernel") else array
 
 
 class Numbers:
@@ -103,6 +115,13 @@ class Numbers:
         f"{self._source}: {name} = {value!r} is no {kind.__name__}"
       )
     return right
+
+  def section(self, name: str) -> "Numbers":
+    """The object there; an empty one where it is null or missing."""
+    entries = self.entries.get(name)
+    if not isinstance(entries, Mapping | None):
+      raise ValueError(f"{self._source}: {name} = {entries!r} is no object")
+    return Numbers(entries or {}, f"{self._source}: {name}")
 
   def only(self, **entries: Any) -> None:
     """A ValueError where an entry is there and is not what we compute."""
@@ -213,7 +232,9 @@ def tensors(
     shape = shapes[path] if repeat is None else shapes[path][1:]
     if path.endswith("kernel"):
       shape = shape[::-1]
-    if path in ("embedding/embedding", "head/kernel"):
+    if path.endswith("_conv/kernel"):
+      shape = (shape[0], 1, shape[1])
+    if path in VOCABULARY:
       shape = (vocab_size, *shape[1:])
     return Tensor(path, repeat, shape)
 
@@ -223,12 +244,19 @@ def tensors(
     if path in shapes
   }
   for layer in layers(config):
-    names = architecture.layers[layer.kind].items()
-    places |= {
-      layer.prefix + name: tensor(f"{layer.path}/{path}", layer.repeat)
-      for path, name in names
-      if f"{layer.path}/{path}" in shapes
-    }
+    for path, name in architecture.layers[layer.kind].items():
+      if f"{layer.path}/{path}" not in shapes:
+        continue
+      whole = tensor(f"{layer.path}/{path}", layer.repeat)
+      if isinstance(name, str):
+        places[layer.prefix + name] = whole
+        continue
+      start = 0
+      for like, part in name.items():
+        rows = shapes[f"{layer.path}/{like}"][-1]
+        shape = (rows, *whole.shape[1:])
+        places[layer.prefix + part] = whole._replace(shape=shape, start=start)
+        start += rows
   return places
 
 

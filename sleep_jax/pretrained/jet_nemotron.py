@@ -4,6 +4,8 @@ Names and numbers as in the released code (arXiv:2508.15884); the 2B model is 28
 layers of width 1536, of which 24 are Jet blocks.
 """
 
+from collections.abc import Mapping
+
 from sleep_jax.model.fast_weights import OUTPUT_NORM_EPS
 from sleep_jax.pretrained.hf import HEAD, Architecture, Numbers, Shape
 
@@ -54,7 +56,7 @@ WHOLE = {
 
 
 def transformer_leaves(config: Numbers) -> dict:
-  """What Qwen2's descendants share: widths, heads, rotary positions."""
+  """What Qwen2's and Llama's descendants share: widths and heads."""
   config.only(hidden_act="silu", rope_scaling=None, attention_dropout=0.0)
   width, heads = config("hidden_size"), config("num_attention_heads")
   if width % heads:
@@ -67,24 +69,32 @@ def transformer_leaves(config: Numbers) -> dict:
     width=width,
     attention_heads=heads,
     key_value_heads=config("num_key_value_heads"),
-    rope_theta=config("rope_theta", float),
     mlp_width=config("intermediate_size"),
     norm_eps=config("rms_norm_eps", float),
     tied_head=config("tie_word_embeddings", bool),
   )
 
 
-def shape(config: Numbers) -> Shape:
-  """The model of a config.json; a ValueError where there is none."""
-  kinds = tuple(map(str, config("layer_types", list)))
-  if len(kinds) != config("num_hidden_layers"):
+def layer_kinds(config: Numbers, known: Mapping[str, str]) -> tuple[str, ...]:
+  """Our kinds of the layers that config.json names."""
+  names = list(map(str, config("layer_types", list)))
+  if len(names) != config("num_hidden_layers"):
     raise ValueError(
-      f"layer_types names {len(kinds)} layers, num_hidden_layers is "
+      f"layer_types names {len(names)} layers, num_hidden_layers is "
       f"{config('num_hidden_layers')}"
     )
-  if others := set(kinds) - LAYERS.keys():
-    raise ValueError(f"layer_types has {sorted(others)}: not {list(LAYERS)}")
-  leaves = transformer_leaves(config) | dict(attention_bias=True)
+  if others := set(names) - known.keys():
+    raise ValueError(f"layer_types has {sorted(others)}: not {list(known)}")
+  return tuple(known[name] for name in names)
+
+
+def shape(config: Numbers) -> Shape:
+  """The model of a config.json; a ValueError where there is none."""
+  kinds = layer_kinds(config, {kind: kind for kind in LAYERS})
+  leaves = transformer_leaves(config) | dict(
+    rope_theta=config("rope_theta", float),
+    attention_bias=True,
+  )
   if "swa" in kinds:
     leaves["sliding_window"] = config(
       "efficient_attention_config.swa.window_size"

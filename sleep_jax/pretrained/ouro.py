@@ -19,6 +19,7 @@ def shape(config: Numbers) -> Shape:
   """The model of a config.json; a ValueError where there is none."""
   config.only(use_sliding_window=False)
   leaves = transformer_leaves(config) | dict(
+    rope_theta=config("rope_theta", float),
     attention_bias=False,
     sandwich_norms=True,
     norm_in_loop=True,
