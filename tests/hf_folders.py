@@ -116,6 +116,19 @@ JET_NEMOTRON_2B = JET_NEMOTRON | dict(
     | {"num_heads": 12, "head_dim": 96},
   },
 )
+OLMO_HYBRID_7B = OLMO_HYBRID | dict(
+  hidden_size=3840,
+  intermediate_size=11008,
+  num_hidden_layers=32,
+  layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 8,
+  num_attention_heads=30,
+  num_key_value_heads=30,
+  vocab_size=100352,
+  linear_num_key_heads=30,
+  linear_num_value_heads=30,
+  linear_key_head_dim=96,
+  linear_value_head_dim=192,
+)
 
 
 def stored(name, folder=GOLDENS):

@@ -72,6 +72,7 @@ def test_the_tables_hold_every_tensor_of_the_original(kind):
   [
     (hf_folders.OURO_1_4B, 1_434_652_673),
     (hf_folders.JET_NEMOTRON_2B, 1_964_806_208),
+    (hf_folders.OLMO_HYBRID_7B, 7_430_870_688),
   ],
 )
 def test_full_size_models_have_the_published_numbers_of_parameters(

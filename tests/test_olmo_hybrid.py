@@ -1,4 +1,7 @@
-"""OLMo-Hybrid against what transformers computes with the same folder."""
+"""OLMo-Hybrid against what transformers computes with the same folder.
+
+`make_olmo_hybrid.py` stored it.
+"""
 
 import os
 from pathlib import Path
