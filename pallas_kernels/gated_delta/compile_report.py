@@ -114,11 +114,10 @@ def gpu_kernels(dump):
     ).stderr
     with open(path) as file:
       products = len(re.findall(r"wgmma\.mma_async", file.read()))
-    # The host's code, which loads the kernel and grants it its memory.
+    # The host's launch: sizes of grid, cluster and block, then the memory.
+    launch = r"@mosaic_gpu_\w+\(ptr \S+(?:, i32 \d+){9}, i32 (\d+)"
     with open(f"{path.removesuffix('.ptx')}.ll") as file:
-      (shared,) = re.findall(
-        r"@mosaic_gpu_get_function\(ptr \S+, ptr \S+, i32 (\d+)", file.read()
-      )
+      (shared,) = re.findall(launch, file.read())
     shared = f"{int(shared) / 1024:.1f} of {int(limit) / 1024:.0f}"
     pattern = (
       r"entry function '(\w+)_mosaic_gpu_kernel'.*?(\d+) bytes spill stores, "

@@ -225,6 +225,10 @@ def _launch(kernel, name, interpret, products, outputs, inputs, **scratch):
     grid_names=("tile", "head", "row"),
     kernel_name=name,
     interpret=interpret,
+    # jax 0.12 else infers layouts itself, and is at it for over nine minutes.
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
     **options,
   )(
     _split(q),
