@@ -61,8 +61,12 @@ def finish(processes, timeout=600):
   ended = []
   for process in processes:
     printed, said = process.communicate(timeout=timeout)
-    # Gloo greets on stdout, from threads of its own.
-    lines = [x for x in printed.splitlines() if "connected" not in x]
+    # Gloo greets on stdout, from threads of its own, sometimes in two pieces.
+    lines = [
+      x
+      for x in printed.splitlines()
+      if "connected" not in x and not x.strip().isdigit()
+    ]
     ended.append((process.returncode, "\n".join(lines), said))
   return ended
 

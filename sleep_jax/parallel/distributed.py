@@ -6,6 +6,7 @@ import threading
 
 import jax
 from absl import logging
+from jax.experimental import multihost_utils
 
 
 def start(
@@ -49,6 +50,9 @@ def start(
       heartbeat_timeout_seconds=timeout_seconds,
       shutdown_timeout_seconds=timeout_seconds,
     )
+    # Connections between hosts are made by the first collective, for which
+    # Gloo waits 30 seconds only; later ones wait for who still compiles.
+    multihost_utils.sync_global_devices("joined")
   except (RuntimeError, ValueError) as error:
     raise ValueError(
       f"the processes of this run could not be joined ({error}): give "

@@ -209,6 +209,9 @@ def _steps(
         lines.flops = model_flops(model, config, state.params, batch)
       if compiled is None or now != config.at_step(step - 1):
         compiled = make_step(now).lower(*arguments).compile()
+        # Else one that has it cached would try in vain to connect to those that
+        # compile: see `distributed.start`.
+        multihost_utils.sync_global_devices("compiled")
         seconds = time.perf_counter() - before
         logging.info("compiled in %.1f s: %s", seconds, memory_table(compiled))
         lines.skip(seconds)
