@@ -15,7 +15,7 @@ depth. Needs the extra `plots`.
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +240,7 @@ def throughput(report: Mapping[str, Any], path: str | os.PathLike) -> None:
 
 def study_curves(
   panels: Sequence[studies.Panel],
-  lines: Callable[[Sequence[studies.Run]], Mapping[str, Sequence[studies.Run]]],
+  lines: Mapping[str, Sequence[studies.Run]],
   x: str,
   path: str | os.PathLike,
 ) -> None:
@@ -250,7 +250,7 @@ def study_curves(
 
   Args:
     panels: what each shows.
-    lines: runs of a panel -> label -> its seeds.
+    lines: label -> its seeds, over all panels.
     x: "tokens" or "FLOPs" (`baselines.training_flops`) of training.
     path: the PNG.
 
@@ -258,12 +258,14 @@ def study_curves(
     ValueError: matplotlib is missing, there are too many labels, or a config's
       FLOPs cannot be counted.
   """
-  grouped = [lines(panel.runs) for panel in panels]
-  styles = _styles(dict.fromkeys(label for group in grouped for label in group))
+  styles = _styles(lines)
   figure, axes = _panels(len(panels))
   costs: dict[str, float] = {}
-  for axis, panel, group in zip(axes, panels, grouped, strict=True):
-    for label, seeds in group.items():
+  for axis, panel in zip(axes, panels, strict=True):
+    for label, runs in lines.items():
+      seeds = [run for run in runs if any(run is x for x in panel.runs)]
+      if not seeds:
+        continue
       curves = [_curve(run.metrics, panel.metric) for run in seeds]
       cost = _tokens(seeds[0]) if x == "tokens" else _flops(seeds[0], costs)
       _draw_curves(axis, curves, styles[label][0], label, cost)
@@ -334,24 +336,18 @@ def draw_study(folder: str | os.PathLike, out: str | os.PathLike) -> list[Path]:
   depth = studies.depth_setting(runs)
   panels = studies.panels(runs)
 
-  def others(some):
-    return studies.by_setting(some, [depth] if depth else [])
-
+  lines = studies.by_setting(runs, [depth] if depth else [])
   drawn = [out / "by_tokens.png", out / "by_flops.png", out / "by_depth.png"]
-  study_curves(panels, others, "tokens", drawn[0])
-  study_curves(panels, others, "FLOPs", drawn[1])
+  study_curves(panels, lines, "tokens", drawn[0])
+  study_curves(panels, lines, "FLOPs", drawn[1])
   study_by_depth(runs, drawn[2])
   if depth and len(panels) > 1:
     drawn.append(out / "depths_by_tokens.png")
-    study_curves(
-      [
-        studies.Panel(label, some, panels[0].metric)
-        for label, some in others(runs).items()
-      ],
-      studies.by_depth,
-      "tokens",
-      drawn[-1],
-    )
+    by_line = [
+      studies.Panel(label, some, panels[0].metric)
+      for label, some in lines.items()
+    ]
+    study_curves(by_line, studies.by_depth(runs), "tokens", drawn[-1])
   return drawn
 
 
@@ -422,10 +418,12 @@ def _flops(run: studies.Run, counted: dict[str, float]) -> float:
   from sleep_jax.baselines import training_flops
   from sleep_jax.config import from_config_dict
 
-  key = json.dumps([run.config["model"], run.config["sleep"]])
+  key = json.dumps(
+    {name: x for name, x in run.config.items() if name not in ("mesh", "run")}
+  )
   if key not in counted:
     config = from_config_dict(run.config)
-    counted[key] = training_flops(config) / config.run.steps
+    counted[key] = training_flops(config) / max(config.run.steps, 1)
   return counted[key]
 
 

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sleep_jax.config import completed
+from sleep_jax.config import completed, from_config_dict
 from sleep_jax.training.metrics import read_metrics
 
 # Runs that differ in these alone are one setting's seeds.
 SEEDS = ("run.seed", "data.seed")
-# Sections that have no say in what is learnt.
+# Sections that have no say in what is learnt, but for some of their leaves.
 _BOOKKEEPING = ("mesh.", "run.")
+_DECISIVE = ("run.steps", "run.init_from")
 # A setting in a legend; the others as path = value.
 _NAMES = {
   "sleep.passes": "N = {}",
@@ -74,8 +75,16 @@ def read_study(folder: str | os.PathLike) -> list[Run]:
       config = completed(
         json.loads((results.parent / "config.json").read_text())
       )
-      metrics = read_metrics(results.parent / "metrics.jsonl")
-      runs.append(Run(config, metrics, json.loads(results.read_text())))
+      run = Run(
+        config,
+        read_metrics(results.parent / "metrics.jsonl"),
+        json.loads(results.read_text()),
+      )
+      # Also for what it says of a section or of the task.
+      from_config_dict(config)
+      if not (isinstance(run.results, dict) and run.results):
+        raise ValueError("results.json holds no split: judge the run again")
+      runs.append(run)
     except FileNotFoundError as error:
       raise ValueError(
         f"{results.parent} has no {Path(error.filename).name}"
@@ -103,7 +112,7 @@ def by_setting(
     path
     for path in settings[0]
     if path not in (*SEEDS, *apart)
-    and (path == "run.steps" or not path.startswith(_BOOKKEEPING))
+    and (path in _DECISIVE or not path.startswith(_BOOKKEEPING))
     and len({each.get(path) for each in settings}) > 1
   ]
   # In the order of their values, not of their folders.

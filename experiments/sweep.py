@@ -12,8 +12,8 @@ cluster: --list gives the commands that are left, `--slurm | sbatch` starts
 them, and --table_only makes the table.
 
 Exit codes: 0, all points are done; 1, some are not, which are named; 2, with
-one line, something was refused before any of them ran; 75, told to end, the
-same command goes on.
+one line, something was refused before any of them ran, or the table could not
+be written; 75, told to end, the same command goes on.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ import operator
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -40,9 +41,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments import main as command
-from experiments.studies import mean_and_interval
+from experiments.studies import SEEDS, mean_and_interval
 
-_SEED = "run.seed"
 _LOG = "log.txt"
 _DONE = "done"
 _STOPPED = "stopped"
@@ -115,9 +115,9 @@ def make_points(
   Raises:
     ValueError: a grid or a config is wrong.
   """
-  from sleep_jax.config import from_config_dict
+  from sleep_jax.config import ExperimentConfig, from_config_dict
 
-  points: dict[str, Point] = {}
+  points: dict[ExperimentConfig, Point] = {}
   for texts in itertools.chain.from_iterable(map(combinations, grids)):
     try:
       config = _overridden(base, texts)
@@ -132,7 +132,7 @@ def make_points(
         f"--grid, at {said}: {str(error).strip().splitlines()[-1]}"
       ) from error
     workdir = folder / _name(settings)
-    points[workdir.name] = Point(
+    point = Point(
       settings,
       checked,
       workdir,
@@ -142,6 +142,8 @@ def make_points(
         f"--workdir={workdir}",
       ],
     )
+    # Two grids may meet in one config, by other settings.
+    points.setdefault(checked, point)
   return list(points.values())
 
 
@@ -156,9 +158,11 @@ def is_done(point: Point) -> bool:
 
   check_config(point.folder, dataclasses.asdict(point.config))
   try:
-    json.loads((point.folder / "results.json").read_text())
+    results = json.loads((point.folder / "results.json").read_text())
     *_, last = read_metrics(point.folder / "metrics.jsonl")
   except (FileNotFoundError, ValueError):
+    return False
+  if not (isinstance(results, dict) and results):
     return False
   # A run that is judged anew first drops its last evaluation.
   return last["step"] == point.config.run.steps and "loss" not in last
@@ -215,7 +219,12 @@ def run_points(points: Sequence[Point], jobs: int) -> dict[str, str]:
           running[waiting.pop(0)] = None
         for point, process in list(running.items()):
           if process is None and not told and not is_done(point):
-            running[point] = _start(point)
+            try:
+              running[point] = _start(point)
+            except OSError as error:  # a full disk
+              del running[point]
+              ends[point.name] = f"cannot be started: {error}"
+              continue
             if point not in began:
               other = running[point] is None
               say(point, "waits for another process there" * other or "runs")
@@ -261,10 +270,12 @@ def table(points: Sequence[Point]) -> list[dict[str, Any]]:
   from sleep_jax.training.metrics import read_metrics
 
   paths = dict.fromkeys(path for point in points for path in point.settings)
-  paths.pop(_SEED, None)
+  for path in SEEDS:
+    paths.pop(path, None)
   groups: dict[tuple, list[Point]] = {}
   for point in points:
-    key = tuple(point.settings.get(path) for path in paths)
+    # Also what only another grid sets.
+    key = tuple(operator.attrgetter(path)(point.config) for path in paths)
     groups.setdefault(key, []).append(point)
   rows = []
   for key, seeds in groups.items():
@@ -301,7 +312,10 @@ def table(points: Sequence[Point]) -> list[dict[str, Any]]:
         for name in _MEASURED:
           mean, low, high = mean_and_interval(values.get(name, ()))
           row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-        rows.append(row | {name: values[name][0] for name in _SHARED})
+        # With other data the questions are others, and so are their floors.
+        rows.append(
+          row | {name: statistics.mean(values[name]) for name in _SHARED}
+        )
   return rows
 
 
@@ -311,7 +325,8 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
   def cell(row, name):
     value, low, high = (row.get(name + end) for end in ("", "_low", "_high"))
     digits = ".4g" if name in ("flops", "seconds") else ".3f"
-    if not isinstance(value, float) and name != "flops":
+    measured = name in (*_MEASURED, "floor", "label_floor", "flops")
+    if value is None or not measured:
       return "" if value is None else str(value)
     interval = "" if low is None else f" [{low:{digits}}, {high:{digits}}]"
     return f"{value:{digits}}{interval}"
@@ -326,8 +341,10 @@ def slurm(points: Sequence[Point]) -> str:
   """A script for sbatch: an array with a task for each point."""
   # `exec`: the signal, two minutes before the end, is for the run itself.
   tasks = [
-    f"{i}) exec {shlex.join(point.command)} ;;"
+    f"{i}) mkdir -p {at} && exec flock --nonblock --no-fork {at}/lock "
+    f"{shlex.join(point.command)} >>{at}/{_LOG} 2>&1 ;;"
     for i, point in enumerate(points)
+    for at in [shlex.quote(str(point.folder))]
   ]
   return "\n".join(
     [
@@ -537,7 +554,7 @@ if __name__ == "__main__":
   flags.DEFINE_multi_string(
     "grid", None, 'settings, as "sleep.passes=1,2,4 run.seed=0,1,2"'
   )
-  flags.DEFINE_integer("jobs", 1, "runs at once on this machine", 1)
+  flags.DEFINE_integer("jobs", 1, "runs at once, which share the devices", 1)
   flags.DEFINE_bool("list", False, "only print the commands that are left")
   flags.DEFINE_bool("slurm", False, "only print a script for sbatch")
   flags.DEFINE_bool("table_only", False, "only make the table")

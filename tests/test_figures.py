@@ -267,9 +267,27 @@ def test_a_study_is_drawn(drawn, study, tmp_path):
 def test_what_is_no_study_is_refused(study, tmp_path):
   with pytest.raises(ValueError, match="no folder in it has a results.json"):
     figures.draw_study(tmp_path / "nowhere", tmp_path)
+  (study / "012/results.json").write_text("{}")
+  with pytest.raises(ValueError, match="012: results.json holds no split"):
+    figures.draw_study(study, tmp_path)
+  (study / "000/config.json").write_text('{"task": 5}')
+  with pytest.raises(ValueError, match="000: bad config"):
+    figures.draw_study(study, tmp_path)
   (study / "000/config.json").unlink()
   with pytest.raises(ValueError, match="000 has no config.json"):
     figures.draw_study(study, tmp_path)
+
+
+def test_a_step_of_more_rows_costs_more(study):
+  run = studies.read_study(study)[0]
+  data = run.config["data"]
+  more = dict(run.config, data=dict(data, batch_size=4 * data["batch_size"]))
+  counted = {}
+  one = figures._flops(run, counted)
+  assert figures._flops(run._replace(config=more), counted) > 2 * one
+  started = dict(run.config, run=dict(run.config["run"], init_from="x"))
+  runs = [run, run._replace(config=started)]
+  assert len(studies.by_setting(runs)) == 2
 
 
 def test_depo_and_math_have_several_depths_in_a_run(study):

@@ -286,8 +286,9 @@ def test_the_table_is_over_the_seeds_of_each_setting(tmp_path, monkeypatch):
     (row["sleep.passes"], row["run.steps"], row["seeds"], row["depth"])
     for row in rows
   ] == [
-    *((1, None, 2, "all"), (1, None, 2, "4")),
-    *((2, None, 2, "all"), (2, None, 2, "4")),
+    # Where a grid says nothing, the config's own.
+    *((1, 20, 2, "all"), (1, 20, 2, "4")),
+    *((2, 20, 2, "all"), (2, 20, 2, "4")),
     *((1, 40, 1, "all"), (1, 40, 1, "4")),
   ]
   one, one_deep, two, _, longer, _ = rows
@@ -326,7 +327,7 @@ def test_the_table_is_over_the_seeds_of_each_setting(tmp_path, monkeypatch):
   header, _, first, *_ = sweep.as_text(rows).splitlines()
   assert header.startswith("| sleep.passes | run.steps | seeds | split |")
   assert first.startswith(
-    "| 1 |  | 2 | heldout | all | 0.300 [-0.971, 1.571] |"
+    "| 1 | 20 | 2 | heldout | all | 0.300 [-0.971, 1.571] |"
   )
 
 
@@ -343,7 +344,9 @@ def test_a_slurm_array_has_a_task_for_each_point(tmp_path):
       text=True,
       check=True,
     )
-    assert said.stdout == f"seed {i}\n"
+    assert not said.stdout
+    log = points[i].folder / "log.txt"
+    assert log.read_text() == f"seed {i}\n"
 
 
 def start(workdir, *arguments):
@@ -396,3 +399,31 @@ def test_a_killed_sweep_repeats_nothing_that_is_finished(tmp_path):
   assert {row["sleep.passes"] for row in report["rows"]} == {1, 2}
   listed, _ = start(tmp_path, "--list").communicate()
   assert listed.strip() == ""
+
+
+def test_a_config_that_two_grids_meet_in_is_one_point(tmp_path):
+  points = make_points(
+    tmp_path, "sleep.passes=1,2", "sleep.passes=2,4 run.seed=0,1"
+  )
+  assert [(p.config.sleep.passes, p.config.run.seed) for p in points] == [
+    *((1, 0), (2, 0)),
+    *((2, 1), (4, 0), (4, 1)),
+  ]
+
+
+def test_what_cannot_be_started_is_told_and_the_rest_go_on(
+  tmp_path, monkeypatch
+):
+  points = make_points(tmp_path, "run.seed=0,1")
+  start = sweep._start
+
+  def full(point):
+    if point is points[0]:
+      raise OSError(28, "No space left on device")
+    return start(point)
+
+  monkeypatch.setattr(sweep, "_start", full)
+  points[1:] = acting(points[1:], "raise SystemExit(3)")
+  ends = sweep.run_points(points, jobs=1)
+  assert "No space left" in ends[points[0].name]
+  assert "exit code 3" in ends[points[1].name]

@@ -128,11 +128,14 @@ class MetricsWriter:
 def read_metrics(path: str | os.PathLike) -> list[dict]:
   """Returns the lines of a metrics.jsonl, without one cut short by a crash."""
   lines = []
-  for line in Path(path).read_text("utf-8", "replace").splitlines():
+  for text in Path(path).read_text("utf-8", "replace").splitlines():
     try:
-      lines.append(json.loads(line))
+      line = json.loads(text)
+      if not (isinstance(line, dict) and type(line.get("step")) is int):
+        raise ValueError("no line of metrics")
+      lines.append(line)
     except ValueError:
-      logging.warning("%s: a line that is not JSON is passed over", path)
+      logging.warning("%s: a line that is no metrics is passed over", path)
   return lines
 
 
