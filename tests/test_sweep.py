@@ -77,7 +77,11 @@ def acting(points, *scripts):
   return acting
 
 
-FINISH = "shutil.copytree('{finished}', '{folder}', dirs_exist_ok=True)"
+# Not config.json, which is there, and which a sweep may be reading.
+FINISH = (
+  "shutil.copytree('{finished}', '{folder}', dirs_exist_ok=True,"
+  " ignore=shutil.ignore_patterns('config.json'))"
+)
 
 
 def test_a_grid_is_the_product_of_its_settings():
@@ -228,15 +232,16 @@ def test_told_to_end_it_tells_its_runs_and_starts_no_more(tmp_path):
   def tell():
     while not (points[0].folder / "runs").exists():
       time.sleep(0.05)
-    os.kill(os.getpid(), signal.SIGINT)
+    # Not SIGINT, which a shell's background jobs ignore.
+    os.kill(os.getpid(), signal.SIGTERM)
 
-  before = signal.getsignal(signal.SIGINT)
+  before = signal.getsignal(signal.SIGTERM)
   threading.Thread(target=tell).start()
   ends = sweep.run_points(points, jobs=1)
   assert set(ends.values()) == {"stopped"}
   assert (points[0].folder / "saved").exists()
   assert not (points[1].folder / "results.json").exists()
-  assert signal.getsignal(signal.SIGINT) == before
+  assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_run_that_a_killed_sweep_left_is_waited_for(tmp_path, capfd):
