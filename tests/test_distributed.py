@@ -274,7 +274,7 @@ def damaged(self, folder, *args, **kwargs):
   return restore(self, folder, *args, **kwargs)
 Handler.restore = damaged
 with Checkpoints({str(tmp_path)!r}) as checkpoints:
-  print(checkpoints.restore_latest(*state(0), batches())[0])
+  print("step", checkpoints.restore_latest(*state(0), batches())[0])
 """
   processes = [
     subprocess.Popen(
@@ -288,6 +288,6 @@ with Checkpoints({str(tmp_path)!r}) as checkpoints:
     for i in range(2)
   ]
   ended = finish(processes, timeout=120)
-  assert [(code, said) for code, said, _ in ended] == [(0, "1")] * 2, ended
+  assert [(code, said) for code, said, _ in ended] == [(0, "step 1")] * 2, ended
   assert "another process cannot read it" in ended[0][2]
   assert "bad bytes" in ended[1][2]
