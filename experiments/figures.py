@@ -263,7 +263,7 @@ def study_curves(
   costs: dict[str, float] = {}
   for axis, panel in zip(axes, panels, strict=True):
     for label, runs in lines.items():
-      seeds = [run for run in runs if any(run is x for x in panel.runs)]
+      seeds = [run for run in runs if any(run is own for own in panel.runs)]
       if not seeds:
         continue
       curves = [_curve(run.metrics, panel.metric) for run in seeds]
@@ -279,15 +279,17 @@ def study_curves(
 
 
 def study_by_depth(
-  runs: Sequence[studies.Run], path: str | os.PathLike
+  lines: Mapping[str, Sequence[studies.Run]], path: str | os.PathLike
 ) -> None:
   """Draws how runs end by depth, mean and 95% interval over seeds, to a PNG.
+
+  Args:
+    lines: label -> its seeds, of all depths.
+    path: the PNG.
 
   Raises:
     ValueError: matplotlib is missing, or there are too many labels.
   """
-  apart = studies.depth_setting(runs)
-  lines = studies.by_setting(runs, [apart] if apart else [])
   styles = _styles(lines)
   figure, (panel,) = _panels(1)
   floors: dict[int, float] = {}
@@ -335,12 +337,11 @@ def draw_study(folder: str | os.PathLike, out: str | os.PathLike) -> list[Path]:
   runs, out = studies.read_study(folder), Path(out)
   depth = studies.depth_setting(runs)
   panels = studies.panels(runs)
-
   lines = studies.by_setting(runs, [depth] if depth else [])
   drawn = [out / "by_tokens.png", out / "by_flops.png", out / "by_depth.png"]
   study_curves(panels, lines, "tokens", drawn[0])
   study_curves(panels, lines, "FLOPs", drawn[1])
-  study_by_depth(runs, drawn[2])
+  study_by_depth(lines, drawn[2])
   if depth and len(panels) > 1:
     drawn.append(out / "depths_by_tokens.png")
     by_line = [
