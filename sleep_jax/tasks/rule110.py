@@ -31,6 +31,9 @@ class Rule110Config:
   strings: int = 4
   # t: updates between a string and its label, 0..100,000.
   steps: int = 32
+  # Training begins with easier examples: ((how many, steps), ...), one after
+  # the other, as in ((40_000, 4), (20_000, 6)).
+  curriculum: tuple = ()
   # What lies beyond a string's ends: its other end ("periodic") or zeros
   # ("zero"), for which the first bit soon sticks at 1.
   boundary: str = "periodic"
@@ -46,6 +49,18 @@ class Rule110Config:
         ("strings", 1 <= self.strings <= 1000, "use 1..1000"),
         ("steps", 0 <= self.steps <= 100_000, "use 0..100000"),
         ("boundary", self.boundary in BOUNDARIES, f"use one of {BOUNDARIES}"),
+        (
+          "curriculum",
+          all(
+            isinstance(stage, tuple)
+            and [type(n) for n in stage] == [int, int]
+            and stage[0] >= 1
+            and 0 <= stage[1] <= 100_000
+            for stage in self.curriculum
+          ),
+          "use pairs of whole numbers, (1 or more examples, 0..100000 steps), "
+          "like ((40000, 4), (20000, 6))",
+        ),
         (
           "heldout_fraction",
           self.heldout_fraction == 0
@@ -101,7 +116,8 @@ class Rule110:
     for i in range(0, 8 * count, 8):
       uniform = int.from_bytes(noise[i : i + 8], "big")
       lanes = lanes << width | strings[uniform * len(strings) >> 64]
-    steps, boundary = self._config.steps, self._config.boundary
+    steps = self._steps_of(split, index)
+    boundary = self._config.boundary
     labels = _roll_out(lanes, width, count, steps, boundary)
     return Example(
       context=f"{lanes:0{width * count}b}",
@@ -109,6 +125,13 @@ class Rule110:
       depth=steps,
       mode="strings",
     )
+
+  def _steps_of(self, split: str, index: int) -> int:
+    for examples, steps in self._config.curriculum if split == "train" else ():
+      if index < examples:
+        return steps
+      index -= examples
+    return self._config.steps
 
   def _strings_of(self, split: str) -> Sequence[int]:
     if split not in self._strings:
