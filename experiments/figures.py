@@ -17,6 +17,7 @@ the extra `plots`.
 
 import argparse
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,7 @@ _STYLES = [
 ]
 _GREY = "#777777"
 _FLOOR = "best constant answer"
+_MOST_BESIDE = 4
 
 
 def accuracy_by_depth(
@@ -211,7 +213,7 @@ def latency(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     panel.set_xlabel("passes N")
     panel.set_ylabel(what)
     panel.set_xlim(left=0)
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
   _save(figure, path)
 
 
@@ -340,13 +342,14 @@ def study_by_depth(
   panel.set_xticks(depths)
   panel.set_ylabel("exact accuracy, held out")
   for other, (title, values) in zip(others, printed.items(), strict=True):
-    for label, by_depth in values.items():
+    for i, (label, by_depth) in enumerate(values.items()):
       style = styles[label]._replace(ls=":")._asdict()
-      at, accuracy = list(by_depth), list(by_depth.values())
+      at = np.array(list(by_depth)) + 0.06 * (i - (len(values) - 1) / 2)
+      accuracy = list(by_depth.values())
       other.plot(at, accuracy, mfc="white", label=label, **style)
     other.set_title(title, loc="left", fontsize=9)
-    other.set_xticks(at)
-    other.set_xlim(min(at) - 1, max(at) + 1)
+    other.set_xticks(list(by_depth))
+    other.set_xlim(min(by_depth) - 1, max(by_depth) + 1)
   for panel in figure.axes:
     panel.set_xlabel("depth")
     panel.set_ylim(0, 1.02)
@@ -575,15 +578,22 @@ def _styles(labels: Mapping[str, Any]) -> dict[str, _Style]:
 
 
 def _panels(count: int) -> tuple[Any, Sequence[Any]]:
-  """A figure and its `count` panels, side by side."""
+  """A figure and its `count` panels, at most _MOST_BESIDE in a row."""
   try:
     from matplotlib.figure import Figure
   except ImportError as error:
     raise ValueError(
       "figures need matplotlib: pip install 'sleep_jax[plots]'"
     ) from error
-  figure = Figure(figsize=(0.8 + 3.4 * count, 3.4), layout="constrained")
-  panels = figure.subplots(1, count, squeeze=False)[0]
+  rows = math.ceil(count / _MOST_BESIDE)
+  columns = math.ceil(count / rows)
+  figure = Figure(
+    figsize=(0.8 + 3.4 * columns, 0.4 + 3.0 * rows), layout="constrained"
+  )
+  panels = figure.subplots(rows, columns, squeeze=False).ravel()
+  for unused in panels[count:]:
+    figure.delaxes(unused)
+  panels = panels[:count]
   for panel in panels:
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="y", color="#E5E5E5", lw=0.6)
@@ -602,7 +612,7 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
     [handles[label] for label in labels],
     labels,
     loc="outside upper center",
-    ncols=min(2 * len(figure.axes), _fit(figure, labels)),
+    ncols=_fit(figure, labels),
     frameon=False,
   )
   figure.savefig(path, dpi=160)

@@ -1,6 +1,5 @@
 """Studies: the runs of one folder, what tells them apart, and their means."""
 
-import hashlib
 import json
 import math
 import os
@@ -33,7 +32,7 @@ _DEPTHS = {"rule110": "task.steps"}
 # panel -> label -> depth -> accuracy. That of Rule 110 is read off its figure.
 PAPER: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]] = {
   "rule110": {
-    "paper, figure 2b (N = 3, 4: above)": {
+    "paper, its figure 2b (N = 3, 4: above 0.3)": {
       "N = 1": {32: 0.1},
       "N = 2": {32: 0.2},
       "N = 3": {32: 0.3},
@@ -78,7 +77,7 @@ class Run(NamedTuple):
   def settings(self) -> dict[str, Any]:
     """Path -> value of every leaf of the config; of lists, their JSON."""
     return {
-      f"{section}.{name}": json.dumps(x) if isinstance(x, list) else x
+      f"{section}.{name}": json.dumps(x) if isinstance(x, list | tuple) else x
       for section, leaves in self.config.items()
       for name, x in leaves.items()
     }
@@ -314,13 +313,17 @@ def step_flops(run: Run, counted: dict[str, float]) -> float:
   """
   from sleep_jax.baselines import training_flops
 
-  # A step costs the same whatever the seeds and their number.
-  costs = {
-    name: x for name, x in run.config.items() if name not in ("mesh", "run")
-  }
-  costs["data"] = {k: x for k, x in costs["data"].items() if k != "seed"}
-  text = json.dumps(costs, sort_keys=True)
-  key = hashlib.sha256(text.encode()).hexdigest()[:16]
+  usual = run._replace(
+    config=completed({"task": {"name": run.config["task"]["name"]}})
+  ).settings
+  # A leaf that is new to config.py leaves the keys as they are.
+  key = " ".join(
+    f"{path}={value}"
+    for path, value in sorted(run.settings.items())
+    if path == "task.name"
+    or not (path.startswith(("mesh.", "run.")) or path == "data.seed")
+    and value != usual[path]
+  )
   if key not in counted:
     config = dict(run.config, run=dict(run.config["run"], steps=1))
     config["first_stage"] = dict(config["first_stage"], steps=0)

@@ -313,3 +313,67 @@ def test_depo_and_math_have_several_depths_in_a_run(study):
     "eval/heldout/depth_2",
     "eval/heldout/depth_10",
   ]
+
+
+def test_variants_are_labelled_by_their_folder(study, tmp_path):
+  for path in list(study.iterdir()):
+    variant = "deeper" if path.name.startswith("00") else "hybrid"
+    (study / variant).mkdir(exist_ok=True)
+    path.rename(study / variant / path.name)
+  runs = studies.read_study(study)
+  # Of "deeper" there is one setting; what differs elsewhere is not its label.
+  assert list(studies.by_setting(runs, ["task.steps"])) == [
+    "deeper",
+    "hybrid, N = 1",
+    "hybrid, N = 4",
+  ]
+
+
+def test_passes_when_judged_are_drawn(drawn, study, tmp_path):
+  for seed in range(3):
+    path = study / f"01{seed}/results.json"
+    found = json.loads(path.read_text())
+    found["heldout"]["by_passes"] = {
+      n: {"depth": {"2": scores(0.1 * int(n) + 0.1 * seed, None, 0.2)}}
+      for n in ("1", "8")
+    }
+    path.write_text(json.dumps(found))
+  runs = studies.read_study(study)
+  assert "by_test_passes.png" in figures.study_figures(runs, {})
+  lines = studies.by_setting(runs, ["task.steps"])
+  figures.study_by_test_passes(lines, tmp_path / "a.png")
+  (panel,) = drawn[0].axes
+  assert panel.get_title(loc="left") == "depth 2"
+  assert legend(drawn[0]) == ["N = 4"]
+  (bars,) = panel.containers
+  np.testing.assert_allclose(bars.lines[0].get_xydata(), [(1, 0.2), (8, 0.9)])
+
+
+def test_tolerances_are_drawn(drawn, study, tmp_path):
+  for i, path in enumerate(sorted(study.glob("*/config.json"))):
+    config = json.loads(path.read_text())
+    config["sleep"]["tolerance"] = 0.1 * (i % 2)
+    config["run"]["steps"] = 0
+    config["run"]["init_from"] = f"a model {i}"
+    path.write_text(json.dumps(config))
+    found = json.loads(path.with_name("results.json").read_text())
+    found["heldout"]["sleep"] = {"passes": 4.0 - i % 2}
+    path.with_name("results.json").write_text(json.dumps(found))
+  (path,) = figures.draw_folder(study, tmp_path)
+  used, accuracy = drawn[0].axes
+  assert path.name == "by_tolerance.png"
+  assert [x.get_text() for x in used.get_xticklabels()] == ["0", "0.1"]
+  # The models that they were trained to are seeds.
+  assert legend(drawn[0]) == ["N = 1", "N = 4"]
+  for bars in used.containers:
+    np.testing.assert_allclose(bars.lines[0].get_ydata(), [4, 3])
+  np.testing.assert_allclose(
+    accuracy.containers[0].lines[0].get_ydata(), [0.3, 0.3], atol=0.1
+  )
+
+
+def test_many_panels_take_several_rows(drawn, tmp_path):
+  many = {f"split {i}": results()["heldout"] for i in range(6)}
+  figures.accuracy_by_depth({"N=1": [many]}, tmp_path / "a.png")
+  rows = {round(x.get_position().y0, 2) for x in drawn[0].axes}
+  assert len(drawn[0].axes) == 6 and len(rows) == 2
