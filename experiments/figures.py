@@ -337,9 +337,16 @@ def study_by_depth(
     _draw_means(panel, scores, styles[label], label)
   depths = sorted(floors)
   panel.plot(
-    depths, [floors[d] for d in depths], color=_GREY, ls="--", label=_FLOOR
+    depths,
+    [floors[depth] for depth in depths],
+    color=_GREY,
+    ls="--",
+    marker="_",  # seen also where there is one depth
+    ms=16,
+    label=_FLOOR,
   )
   panel.set_xticks(depths)
+  panel.set_xlim(depths[0] - 0.5, depths[-1] + 0.5)
   panel.set_ylabel("exact accuracy, held out")
   for other, (title, values) in zip(others, printed.items(), strict=True):
     for i, (label, by_depth) in enumerate(values.items()):

@@ -311,8 +311,6 @@ def step_flops(run: Run, counted: dict[str, float]) -> float:
   Args:
     counted: remembers those of each config, as JSON can hold it.
   """
-  from sleep_jax.baselines import training_flops
-
   usual = run._replace(
     config=completed({"task": {"name": run.config["task"]["name"]}})
   ).settings
@@ -325,6 +323,8 @@ def step_flops(run: Run, counted: dict[str, float]) -> float:
     and value != usual[path]
   )
   if key not in counted:
+    from sleep_jax.baselines import training_flops
+
     config = dict(run.config, run=dict(run.config["run"], steps=1))
     config["first_stage"] = dict(config["first_stage"], steps=0)
     counted[key] = training_flops(from_config_dict(config))
