@@ -33,14 +33,15 @@ from sleep_jax.training.metrics import read_metrics
 class _Style(NamedTuple):
   color: str
   marker: str
+  mfc: str
   ls: str
 
 
 # Okabe and Ito's palette, told apart with any colour vision; the markers tell
-# the labels apart without colour.
+# the labels apart without colour. The second six are hollow and dashed.
 _STYLES = [
-  _Style(color, marker, ls)
-  for ls in ("-", "--")
+  _Style(color, marker, hollow or color, "--" if hollow else "-")
+  for hollow in ("", "white")
   for color, marker in (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -80,7 +81,7 @@ def accuracy_by_depth(
     depths = sorted({int(d) for _, scores in shown for d in scores})
     place = {str(depth): i for i, depth in enumerate(depths)}
     for i, (label, scores) in enumerate(shown):
-      colour, marker, _ = styles[label]
+      colour, marker, *_ = styles[label]
       width = 0.7 / len(shown)
       at = np.array([place[depth] for depth in scores])
       at = at + width * (i + 0.5) - 0.35
@@ -185,7 +186,7 @@ def latency(report: Mapping[str, Any], path: str | os.PathLike) -> None:
   styles = _styles(dict.fromkeys(labels.values()))
   figure, panels = _panels(4)
   for n, label in labels.items():
-    colour, marker, _ = styles[label]
+    colour, marker, *_ = styles[label]
     some = [x for x in cells if x["passes"] == n]
     histories = [x["history"] for x in some]
     drawn = dict(color=colour, marker=marker, ms=4.5, lw=1.2, label=label)
@@ -232,7 +233,7 @@ def throughput(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     "sleeping": f"L = {max(x['window'] for x in report['cells'])}",
   }
   figure, panels = _panels(2)
-  for (kind, label), (colour, marker, _) in zip(
+  for (kind, label), (colour, marker, *_) in zip(
     labels.items(), _styles(labels).values(), strict=True
   ):
     some = [x for x in report["cells"] if x["kind"] == kind]
@@ -350,10 +351,10 @@ def study_by_depth(
   panel.set_ylabel("exact accuracy, held out")
   for other, (title, values) in zip(others, printed.items(), strict=True):
     for i, (label, by_depth) in enumerate(values.items()):
-      style = styles[label]._replace(ls=":")._asdict()
+      style = styles[label]._replace(ls=":", mfc="white")._asdict()
       at = np.array(list(by_depth)) + 0.06 * (i - (len(values) - 1) / 2)
       accuracy = list(by_depth.values())
-      other.plot(at, accuracy, mfc="white", label=label, **style)
+      other.plot(at, accuracy, label=label, **style)
     other.set_title(title, loc="left", fontsize=9)
     other.set_xticks(list(by_depth))
     other.set_xlim(min(by_depth) - 1, max(by_depth) + 1)
@@ -615,11 +616,14 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
     for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
       handles.setdefault(label, handle)
   labels = sorted(handles, key=_FLOOR.__eq__)  # the floor comes last
+  columns = _fit(figure, labels)
+  rows = math.ceil(len(labels) / columns)
+  figure.set_figheight(figure.get_figheight() + 0.22 * max(0, rows - 2))
   figure.legend(
     [handles[label] for label in labels],
     labels,
     loc="outside upper center",
-    ncols=_fit(figure, labels),
+    ncols=columns,
     frameon=False,
   )
   figure.savefig(path, dpi=160)

@@ -190,7 +190,7 @@ def by_setting(
     decisive = _DECISIVE if trained else ()
     paths = [
       path
-      for path in dict.fromkeys(path for each in settings for path in each)
+      for path in sorted({path for each in settings for path in each})
       if path not in (*SEEDS, *apart)
       and (path in decisive or not path.startswith(_BOOKKEEPING))
       and len({each.get(path) for each in settings}) > 1
