@@ -9,33 +9,51 @@ folder, as `experiments.sweep` leaves them, are labelled by what they differ in,
 and drawn as the paper draws: against training tokens a panel for each depth
 (figures 2b, 3, 4, 5) or, where each run has its own depth, also one for each
 setting (2a); and beside the paper, against training FLOPs, and how they end by
-depth. Needs the extra `plots`.
+depth, next to what the paper prints. Runs that were judged after several
+numbers of passes, or with several tolerances, are drawn by these too; a
+folder's latency.json and throughput.json (figure 6) as they are measured. Needs
+the extra `plots`.
 """
 
 import argparse
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments import studies
 from sleep_jax.training.metrics import read_metrics
 
+
+class _Style(NamedTuple):
+  color: str
+  marker: str
+  mfc: str
+  ls: str
+
+
 # Okabe and Ito's palette, told apart with any colour vision; the markers tell
-# the labels apart without colour.
-_STYLES = (
-  ("#0072B2", "o"),
-  ("#D55E00", "s"),
-  ("#009E73", "^"),
-  ("#CC79A7", "D"),
-  ("#E69F00", "v"),
-  ("#56B4E9", "P"),
-)
+# the labels apart without colour. The second six are hollow and dashed.
+_STYLES = [
+  _Style(color, marker, hollow or color, "--" if hollow else "-")
+  for hollow in ("", "white")
+  for color, marker in (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#56B4E9", "P"),
+  )
+]
 _GREY = "#777777"
 _FLOOR = "best constant answer"
+_MOST_BESIDE = 4
 
 
 def accuracy_by_depth(
@@ -63,7 +81,7 @@ def accuracy_by_depth(
     depths = sorted({int(d) for _, scores in shown for d in scores})
     place = {str(depth): i for i, depth in enumerate(depths)}
     for i, (label, scores) in enumerate(shown):
-      colour, marker = styles[label]
+      colour, marker, *_ = styles[label]
       width = 0.7 / len(shown)
       at = np.array([place[depth] for depth in scores])
       at = at + width * (i + 0.5) - 0.35
@@ -127,9 +145,8 @@ def training_curves(
   figure, panels = _panels(len(shown))
   for panel, (name, title) in zip(panels, shown.items(), strict=True):
     for label, seeds in metrics.items():
-      colour, _ = styles[label]
-      curves = [_curve(lines, name) for lines in seeds]
-      _draw_curves(panel, curves, colour, label)
+      curves = [studies.curve(lines, name) for lines in seeds]
+      _draw_curves(panel, curves, styles[label], label)
     panel.set_xlabel("training steps")
     panel.set_ylabel(title)
     panel.set_xlim(left=0)
@@ -155,7 +172,8 @@ def draw_run(
 def latency(report: Mapping[str, Any], path: str | os.PathLike) -> None:
   """Draws what `experiments.latency` measured to a PNG.
 
-  Seconds per token and bytes against the history, and a sleep against N.
+  Seconds per token and bytes against the history; a token and a sleep against
+  N, a point for each history.
 
   Raises:
     ValueError: matplotlib is missing, or there are too many N.
@@ -166,9 +184,9 @@ def latency(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     for x in cells
   }
   styles = _styles(dict.fromkeys(labels.values()))
-  figure, panels = _panels(3)
+  figure, panels = _panels(4)
   for n, label in labels.items():
-    colour, marker = styles[label]
+    colour, marker, *_ = styles[label]
     some = [x for x in cells if x["passes"] == n]
     histories = [x["history"] for x in some]
     drawn = dict(color=colour, marker=marker, ms=4.5, lw=1.2, label=label)
@@ -178,18 +196,25 @@ def latency(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     ):
       panel.plot(histories, [scale * x[name] for x in some], **drawn)
     if n:
-      stalls = [1e3 * x["stall_seconds"] for x in some]
-      panels[2].plot([n] * len(stalls), stalls, **(drawn | {"lw": 0}))
+      for panel, name in (
+        (panels[2], "seconds_per_token"),
+        (panels[3], "stall_seconds"),
+      ):
+        y = [1e3 * x[name] for x in some]
+        panel.plot([n] * len(y), y, **(drawn | {"lw": 0}))
   for panel in panels[:2]:
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xlabel("history (windows)")
   panels[0].set_ylabel("ms per token")
   panels[1].set_ylabel("MiB of state")
-  panels[2].set_xlabel("passes N")
-  panels[2].set_ylabel("ms of a sleep")
-  panels[2].set_xlim(left=0)
-  panels[2].set_ylim(bottom=0)
+  for panel, what in zip(
+    panels[2:], ("ms per token, awake", "ms of a sleep"), strict=True
+  ):
+    panel.set_xlabel("passes N")
+    panel.set_ylabel(what)
+    panel.set_xlim(left=0)
+    panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
   _save(figure, path)
 
 
@@ -208,7 +233,7 @@ def throughput(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     "sleeping": f"L = {max(x['window'] for x in report['cells'])}",
   }
   figure, panels = _panels(2)
-  for (kind, label), (colour, marker) in zip(
+  for (kind, label), (colour, marker, *_) in zip(
     labels.items(), _styles(labels).values(), strict=True
   ):
     some = [x for x in report["cells"] if x["kind"] == kind]
@@ -243,6 +268,7 @@ def study_curves(
   lines: Mapping[str, Sequence[studies.Run]],
   x: str,
   path: str | os.PathLike,
+  counted: dict[str, float],
 ) -> None:
   """Draws a metric on the way against what training has cost, to a PNG.
 
@@ -253,6 +279,7 @@ def study_curves(
     lines: label -> its seeds, over all panels.
     x: "tokens" or "FLOPs" (`baselines.training_flops`) of training.
     path: the PNG.
+    counted: see `studies.step_flops`.
 
   Raises:
     ValueError: matplotlib is missing, there are too many labels, or a config's
@@ -260,15 +287,16 @@ def study_curves(
   """
   styles = _styles(lines)
   figure, axes = _panels(len(panels))
-  costs: dict[str, float] = {}
   for axis, panel in zip(axes, panels, strict=True):
     for label, runs in lines.items():
       seeds = [run for run in runs if any(run is own for own in panel.runs)]
       if not seeds:
         continue
-      curves = [_curve(run.metrics, panel.metric) for run in seeds]
-      cost = _tokens(seeds[0]) if x == "tokens" else _flops(seeds[0], costs)
-      _draw_curves(axis, curves, styles[label][0], label, cost)
+      curves = [studies.curve(run.metrics, panel.metric) for run in seeds]
+      cost = seeds[0].step_tokens
+      if x == "FLOPs":
+        cost = studies.step_flops(seeds[0], counted)
+      _draw_curves(axis, curves, styles[label], label, cost)
     axis.set_title(panel.title, loc="left", fontsize=10)
     axis.set_xlabel(f"training {x}")
     axis.set_xlim(left=0)
@@ -283,6 +311,8 @@ def study_by_depth(
 ) -> None:
   """Draws how runs end by depth, mean and 95% interval over seeds, to a PNG.
 
+  Where they differ by N alone, panels with what the paper prints stand beside.
+
   Args:
     lines: label -> its seeds, of all depths.
     path: the PNG.
@@ -290,65 +320,176 @@ def study_by_depth(
   Raises:
     ValueError: matplotlib is missing, or there are too many labels.
   """
-  styles = _styles(lines)
-  figure, (panel,) = _panels(1)
+  printed: Mapping[str, Mapping[str, Mapping[int, float]]] = {}
+  if all(re.fullmatch(r"N = \d+", label) for label in lines):
+    task = next(iter(lines.values()))[0].config["task"]["name"]
+    printed = studies.PAPER.get(task, {})
+  labels = [*lines, *(label for panel in printed.values() for label in panel)]
+  styles = _styles(dict.fromkeys(labels))
+  figure, (panel, *others) = _panels(1 + len(printed))
   floors: dict[int, float] = {}
   for i, (label, some) in enumerate(lines.items()):
-    scores: dict[int, list] = {}
+    scores: dict[float, list] = {}
     for run in some:
       for depth, score in studies.scores_by_depth(run).items():
-        scores.setdefault(depth, []).append(score["accuracy"])
+        at = depth + 0.06 * (i - (len(lines) - 1) / 2)
+        scores.setdefault(at, []).append(score["accuracy"])
         floors[depth] = max(score["floor"], floors.get(depth, 0.0))
-    depths = sorted(scores)
-    middle, low, high = np.array(
-      [studies.mean_and_interval(scores[depth]) for depth in depths], float
-    ).T
-    colour, marker = styles[label]
-    panel.errorbar(
-      np.array(depths) + 0.06 * (i - (len(lines) - 1) / 2),
-      middle,
-      # A share has no interval beyond 0 and 1; of one seed there is none.
-      yerr=np.nan_to_num(
-        [middle - np.maximum(low, 0), np.minimum(high, 1) - middle]
-      ),
-      color=colour,
-      marker=marker,
-      ms=4.5,
-      lw=1.2,
-      label=label,
-    )
+    _draw_means(panel, scores, styles[label], label)
   depths = sorted(floors)
   panel.plot(
-    depths, [floors[d] for d in depths], color=_GREY, ls="--", label=_FLOOR
+    depths,
+    [floors[depth] for depth in depths],
+    color=_GREY,
+    ls="--",
+    marker="_",  # seen also where there is one depth
+    ms=16,
+    label=_FLOOR,
   )
   panel.set_xticks(depths)
-  panel.set_xlabel("depth")
-  panel.set_ylim(0, 1.02)
+  panel.set_xlim(depths[0] - 0.5, depths[-1] + 0.5)
   panel.set_ylabel("exact accuracy, held out")
+  for other, (title, values) in zip(others, printed.items(), strict=True):
+    for i, (label, by_depth) in enumerate(values.items()):
+      style = styles[label]._replace(ls=":", mfc="white")._asdict()
+      at = np.array(list(by_depth)) + 0.06 * (i - (len(values) - 1) / 2)
+      accuracy = list(by_depth.values())
+      other.plot(at, accuracy, label=label, **style)
+    other.set_title(title, loc="left", fontsize=9)
+    other.set_xticks(list(by_depth))
+    other.set_xlim(min(by_depth) - 1, max(by_depth) + 1)
+  for panel in figure.axes:
+    panel.set_xlabel("depth")
+    panel.set_ylim(0, 1.02)
   _save(figure, path)
 
 
-def draw_study(folder: str | os.PathLike, out: str | os.PathLike) -> list[Path]:
-  """Draws all figures of the runs in `folder`; returns their paths.
+def study_by_test_passes(
+  lines: Mapping[str, Sequence[studies.Run]], path: str | os.PathLike
+) -> None:
+  """Draws accuracy against the passes of each sleep when judged, to a PNG.
+
+  A panel for each depth, of the runs that were judged after several N; means
+  and 95% intervals over seeds.
 
   Raises:
-    ValueError: as `studies.read_study` and the figures.
+    ValueError: matplotlib is missing, or there are too many labels.
   """
-  runs, out = studies.read_study(folder), Path(out)
+  scores: dict[int, dict[str, dict[float, list]]] = {}
+  for label, runs in lines.items():
+    for run in runs:
+      for n, woken in studies.woken_after(run).items():
+        for depth, score in studies.scores_by_depth(woken).items():
+          by_n = scores.setdefault(depth, {}).setdefault(label, {})
+          by_n.setdefault(n, []).append(score["accuracy"])
+  styles = _styles(lines)
+  figure, panels = _panels(len(scores))
+  for panel, depth in zip(panels, sorted(scores), strict=True):
+    for label, by_n in scores[depth].items():
+      _draw_means(panel, by_n, styles[label], label)
+    panel.set_title(f"depth {depth}", loc="left", fontsize=10)
+    panel.set_xlabel("passes N when judged")
+    panel.set_ylim(0, 1.02)
+  panels[0].set_ylabel("exact accuracy, held out")
+  _save(figure, path)
+
+
+def study_by_tolerance(
+  lines: Mapping[str, Sequence[studies.Run]], path: str | os.PathLike
+) -> None:
+  """Draws passes used and accuracy against the tolerance, to a PNG.
+
+  Means and 95% intervals over seeds; accuracy is the mean over all depths.
+
+  Args:
+    lines: label -> its seeds, of all tolerances.
+    path: the PNG.
+
+  Raises:
+    ValueError: matplotlib is missing, or there are too many labels.
+  """
+  styles = _styles(lines)
+  figure, panels = _panels(2)
+  every = [run for runs in lines.values() for run in runs]
+  tolerances = sorted({run.settings["sleep.tolerance"] for run in every})
+  for label, runs in lines.items():
+    used: dict[float, list] = {}
+    right: dict[float, list] = {}
+    for run in runs:
+      at = tolerances.index(run.settings["sleep.tolerance"])
+      scores = studies.scores_by_depth(run).values()
+      used.setdefault(at, []).append(studies.passes_used(run))
+      right.setdefault(at, []).append(np.mean([x["accuracy"] for x in scores]))
+    _draw_means(panels[0], used, styles[label], label)
+    _draw_means(panels[1], right, styles[label], label)
+  for panel, what in zip(
+    panels, ("passes used, mean", "exact accuracy, held out"), strict=True
+  ):
+    panel.set_xticks(range(len(tolerances)), [f"{x:g}" for x in tolerances])
+    panel.set_xlabel("tolerance: relative change of S")
+    panel.set_ylabel(what)
+    panel.set_ylim(bottom=0)
+  panels[1].set_ylim(top=1.02)
+  _save(figure, path)
+
+
+def study_figures(
+  runs: Sequence[studies.Run], counted: dict[str, float]
+) -> dict[str, Callable[[Path], None]]:
+  """File name -> what draws it, of all figures that the runs give.
+
+  Args:
+    runs: of a study.
+    counted: see `studies.step_flops`.
+  """
   depth = studies.depth_setting(runs)
-  panels = studies.panels(runs)
-  lines = studies.by_setting(runs, [depth] if depth else [])
-  drawn = [out / "by_tokens.png", out / "by_flops.png", out / "by_depth.png"]
-  study_curves(panels, lines, "tokens", drawn[0])
-  study_curves(panels, lines, "FLOPs", drawn[1])
-  study_by_depth(lines, drawn[2])
+  apart = [depth] if depth else []
+  tolerance = "sleep.tolerance"
+  found: dict[str, Callable[[Path], None]] = {}
+  if len({run.settings[tolerance] for run in runs}) > 1:
+    lines = studies.by_setting(runs, [*apart, tolerance])
+    found["by_tolerance.png"] = lambda path: study_by_tolerance(lines, path)
+    return found
+  panels, lines = studies.panels(runs), studies.by_setting(runs, apart)
+
+  def curves(panels, lines, x):
+    return lambda path: study_curves(panels, lines, x, path, counted)
+
+  found["by_depth.png"] = lambda path: study_by_depth(lines, path)
+  found["by_tokens.png"] = curves(panels, lines, "tokens")
+  found["by_flops.png"] = curves(panels, lines, "FLOPs")
   if depth and len(panels) > 1:
-    drawn.append(out / "depths_by_tokens.png")
     by_line = [
       studies.Panel(label, some, panels[0].metric)
       for label, some in lines.items()
     ]
-    study_curves(by_line, studies.by_depth(runs), "tokens", drawn[-1])
+    found["depths_by_tokens.png"] = curves(
+      by_line, studies.by_depth(runs), "tokens"
+    )
+  if any(len(studies.woken_after(run)) > 1 for run in runs):
+    found["by_test_passes.png"] = lambda path: study_by_test_passes(lines, path)
+  return found
+
+
+def draw_folder(
+  folder: str | os.PathLike, out: str | os.PathLike
+) -> list[Path]:
+  """Draws all figures of what lies in `folder`; returns their paths.
+
+  Raises:
+    ValueError: as `studies.read_study` and the figures.
+  """
+  folder, out = Path(folder), Path(out)
+  drawn = []
+  for name, draw in (("latency", latency), ("throughput", throughput)):
+    if (folder / f"{name}.json").exists():
+      drawn.append(out / f"{name}.png")
+      draw(json.loads((folder / f"{name}.json").read_text()), drawn[-1])
+  if drawn:
+    return drawn
+  for name, draw in study_figures(studies.read_study(folder), {}).items():
+    drawn.append(out / name)
+    draw(drawn[-1])
   return drawn
 
 
@@ -365,7 +506,7 @@ def main() -> None:
   try:
     out.mkdir(parents=True, exist_ok=True)
     if arguments.study is not None:
-      print(*draw_study(arguments.study, out), sep="\n")
+      print(*draw_folder(arguments.study, out), sep="\n")
     else:
       print(*_draw_workdirs(parser, arguments, out), sep="\n")
   except (OSError, ValueError) as error:
@@ -397,35 +538,37 @@ def _draw_workdirs(parser, arguments, out: Path) -> list[Path]:
   return drawn
 
 
-def _draw_curves(axis, curves, colour, label, scale: float = 1) -> None:
+def _draw_curves(axis, curves, style, label, scale: float = 1) -> None:
   """Thin lines, and a thick one for their mean; x is step times scale."""
+  drawn = dict(color=style.color, ls=style.ls)
   if len(curves) > 1:
     for curve in curves:
       x = scale * np.array(list(curve))
-      axis.plot(x, list(curve.values()), color=colour, lw=0.7, alpha=0.45)
+      axis.plot(x, list(curve.values()), lw=0.7, alpha=0.45, **drawn)
   steps = sorted(set.intersection(*map(set, curves)))
   mean = [np.mean([curve[step] for curve in curves]) for step in steps]
-  axis.plot(scale * np.array(steps), mean, color=colour, lw=1.8, label=label)
+  axis.plot(scale * np.array(steps), mean, lw=1.8, label=label, **drawn)
 
 
-def _tokens(run: studies.Run) -> float:
-  """Of a training step."""
-  data = run.config["data"]
-  return data["batch_size"] * data["length"]
-
-
-def _flops(run: studies.Run, counted: dict[str, float]) -> float:
-  """Of a training step; `counted` remembers those of each config."""
-  from sleep_jax.baselines import training_flops
-  from sleep_jax.config import from_config_dict
-
-  key = json.dumps(
-    {name: x for name, x in run.config.items() if name not in ("mesh", "run")}
+def _draw_means(axis, values: Mapping[float, Sequence], style, label) -> None:
+  """At each x the mean and the 95% interval of its values."""
+  places = sorted(values)
+  middle, low, high = np.array(
+    [studies.mean_and_interval(values[x]) for x in places], float
+  ).T
+  # A share has no interval beyond 0 and 1; of one value there is none.
+  most = np.where(middle <= 1, 1, np.inf)
+  axis.errorbar(
+    places,
+    middle,
+    yerr=np.nan_to_num(
+      [middle - np.maximum(low, 0), np.minimum(high, most) - middle]
+    ),
+    ms=4.5,
+    lw=1.2,
+    label=label,
+    **style._asdict(),
   )
-  if key not in counted:
-    config = from_config_dict(run.config)
-    counted[key] = training_flops(config) / max(config.run.steps, 1)
-  return counted[key]
 
 
 def _accuracies(scores: Mapping[str, Any]) -> np.ndarray:
@@ -433,16 +576,7 @@ def _accuracies(scores: Mapping[str, Any]) -> np.ndarray:
   return np.array([[s["accuracy"], *s["interval"]] for s in scores.values()]).T
 
 
-def _curve(lines: Sequence[Mapping], name: str) -> dict[int, float]:
-  """Step -> value where a line has it; not finite there, NaN here."""
-  return {
-    line["step"]: float("nan") if line[name] is None else line[name]
-    for line in lines
-    if name in line
-  }
-
-
-def _styles(labels: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def _styles(labels: Mapping[str, Any]) -> dict[str, _Style]:
   if len(labels) > len(_STYLES):
     raise ValueError(
       f"{len(labels)} labels cannot be told apart in one figure: draw at most"
@@ -452,15 +586,22 @@ def _styles(labels: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _panels(count: int) -> tuple[Any, Sequence[Any]]:
-  """A figure and its `count` panels, side by side."""
+  """A figure and its `count` panels, at most _MOST_BESIDE in a row."""
   try:
     from matplotlib.figure import Figure
   except ImportError as error:
     raise ValueError(
       "figures need matplotlib: pip install 'sleep_jax[plots]'"
     ) from error
-  figure = Figure(figsize=(0.8 + 3.4 * count, 3.4), layout="constrained")
-  panels = figure.subplots(1, count, squeeze=False)[0]
+  rows = math.ceil(count / _MOST_BESIDE)
+  columns = math.ceil(count / rows)
+  figure = Figure(
+    figsize=(0.8 + 3.4 * columns, 0.4 + 3.0 * rows), layout="constrained"
+  )
+  panels = figure.subplots(rows, columns, squeeze=False).ravel()
+  for unused in panels[count:]:
+    figure.delaxes(unused)
+  panels = panels[:count]
   for panel in panels:
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="y", color="#E5E5E5", lw=0.6)
@@ -475,14 +616,23 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
     for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
       handles.setdefault(label, handle)
   labels = sorted(handles, key=_FLOOR.__eq__)  # the floor comes last
+  columns = _fit(figure, labels)
+  rows = math.ceil(len(labels) / columns)
+  figure.set_figheight(figure.get_figheight() + 0.22 * max(0, rows - 2))
   figure.legend(
     [handles[label] for label in labels],
     labels,
     loc="outside upper center",
-    ncols=2 * len(figure.axes),
+    ncols=columns,
     frameon=False,
   )
   figure.savefig(path, dpi=160)
+
+
+def _fit(figure: Any, labels: Sequence[str]) -> int:
+  """How many columns of a legend find room side by side."""
+  inches = max(map(len, labels)) / 14 + 0.5
+  return max(1, int(figure.get_figwidth() / inches))
 
 
 if __name__ == "__main__":

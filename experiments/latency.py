@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 from experiments import measuring
+from experiments.surroundings import surroundings
 
 # Tokens between two readings of the clock.
 _BLOCK = 32
@@ -183,7 +184,7 @@ def measure(config, passes, histories, rounds: int) -> dict[str, Any]:
     "vocabulary": vocabulary,
     "rounds": rounds,
     "tokens_per_reading": block,
-    **measuring.surroundings(),
+    **surroundings(),
     "model": dataclasses.asdict(config.model),
   }
 

@@ -5,6 +5,7 @@ Any leaf of the config can be overridden: `--config.sleep.passes=4`. Exit code
 2, with one line, when the config, the data or the workdir cannot be used.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -75,9 +76,11 @@ def main(_):
   import jax
 
   from experiments import figures
+  from experiments.surroundings import surroundings
   from sleep_jax.config import from_config_dict
   from sleep_jax.parallel import distributed
   from sleep_jax.training import judging, loop, preemption
+  from sleep_jax.training.workdir import write_atomically
 
   logging.set_verbosity(logging.INFO)
   # The libraries below log every file of a checkpoint, and the traceback of
@@ -107,6 +110,8 @@ def main(_):
     return
   print(judging.format_table(results))
   try:
+    text = json.dumps(surroundings(), indent=2) + "\n"
+    write_atomically(folder / "surroundings.json", text)
     figures.draw_run(name, results, folder)
   except ValueError as error:  # no matplotlib
     logging.warning("no figures: %s", error)

@@ -9,7 +9,6 @@ What is measured is a module with these functions:
 
 import functools
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,15 +76,3 @@ def affine(numbers, times) -> tuple[float, float, float]:
   numbers, times = np.array(numbers), np.array(times)
   slope, base = np.polyfit(numbers, times, 1, w=1 / times)
   return base, slope, np.max(np.abs(times / (base + slope * numbers) - 1))
-
-
-def surroundings() -> dict[str, Any]:
-  """What a report says of the machine."""
-  import jax
-
-  return {
-    "device": str(jax.devices()[0].device_kind),
-    "cores": os.cpu_count(),
-    "load_average": os.getloadavg()[0],
-    "jax": jax.__version__,
-  }

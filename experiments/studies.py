@@ -28,29 +28,80 @@ _NAMES = {
 }
 # The setting that is a task's depth, where a run has only one.
 _DEPTHS = {"rule110": "task.steps"}
+# What the paper prints of accuracy by depth, at its scale: task -> title of a
+# panel -> label -> depth -> accuracy. That of Rule 110 is read off its figure.
+PAPER: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]] = {
+  "rule110": {
+    "paper, its figure 2b (N = 3, 4: above 0.3)": {
+      "N = 1": {32: 0.1},
+      "N = 2": {32: 0.2},
+      "N = 3": {32: 0.3},
+      "N = 4": {32: 0.3},
+    },
+  },
+  "gsm_infinite": {
+    "paper, Jet-Nemotron 2B": {
+      "N = 1": {6: 0.742, 8: 0.351},
+      "N = 6": {6: 0.812, 8: 0.388},
+    },
+    "paper, Ouro 1.4B": {
+      "N = 1": {6: 0.419, 8: 0.210},
+      "N = 4": {6: 0.615, 8: 0.272},
+    },
+    "paper, Ouro 1.4B, sliding": {
+      "N = 1": {2: 0.596, 4: 0.839, 6: 0.251, 8: 0.116},
+      "N = 4": {2: 0.905, 4: 0.926, 6: 0.320, 8: 0.137},
+    },
+  },
+}
 
 
 class Run(NamedTuple):
-  """A finished run.
+  """A judged run.
 
   Attributes:
     config: what config.json holds.
     metrics: the lines of metrics.jsonl.
     results: what results.json holds.
+    surroundings: what surroundings.json holds, which older runs lack.
+    variant: the folder within the study's that it lies in, if any.
   """
 
   config: Mapping[str, Any]
   metrics: Sequence[Mapping[str, Any]]
   results: Mapping[str, Any]
+  surroundings: Mapping[str, Any] = {}
+  variant: str = ""
 
   @property
   def settings(self) -> dict[str, Any]:
     """Path -> value of every leaf of the config; of lists, their JSON."""
     return {
-      f"{section}.{name}": json.dumps(x) if isinstance(x, list) else x
+      f"{section}.{name}": json.dumps(x) if isinstance(x, list | tuple) else x
       for section, leaves in self.config.items()
       for name, x in leaves.items()
     }
+
+  @property
+  def finished(self) -> bool:
+    """Whether its last step is judged: judging anew drops that line first."""
+    last = self.metrics[-1] if self.metrics else {"step": -1}
+    return last["step"] == self.config["run"]["steps"] and "loss" not in last
+
+  @property
+  def seconds(self) -> float:
+    """What the steps took; a run that was cut has a line before each save."""
+    seconds, before = 0.0, 0
+    for line in self.metrics:
+      if "steps_per_second" in line:
+        seconds += (line["step"] - before) / line["steps_per_second"]
+        before = line["step"]
+    return seconds
+
+  @property
+  def step_tokens(self) -> int:
+    data = self.config["data"]
+    return data["batch_size"] * data["length"]
 
 
 class Panel(NamedTuple):
@@ -61,36 +112,48 @@ class Panel(NamedTuple):
   metric: str
 
 
-def read_study(folder: str | os.PathLike) -> list[Run]:
-  """The finished runs that lie in `folder`, each in its own folder.
+def read_run(folder: str | os.PathLike) -> Run:
+  """The run that lies in `folder`, judged.
 
   Raises:
-    ValueError: there is none, one of its files is not JSON, or they are of
-      several tasks.
+    ValueError: a file is missing, is not JSON, or does not hold what it should.
   """
   folder = Path(folder)
-  runs = []
-  for results in sorted(folder.glob("*/results.json")):
-    try:
-      config = completed(
-        json.loads((results.parent / "config.json").read_text())
-      )
-      run = Run(
-        config,
-        read_metrics(results.parent / "metrics.jsonl"),
-        json.loads(results.read_text()),
-      )
-      # Also for what it says of a section or of the task.
-      from_config_dict(config)
-      if not (isinstance(run.results, dict) and run.results):
-        raise ValueError("results.json holds no split: judge the run again")
-      runs.append(run)
-    except FileNotFoundError as error:
-      raise ValueError(
-        f"{results.parent} has no {Path(error.filename).name}"
-      ) from error
-    except ValueError as error:
-      raise ValueError(f"{results.parent}: {error}") from error
+  try:
+    config = completed(json.loads((folder / "config.json").read_text()))
+    metrics = read_metrics(folder / "metrics.jsonl")
+    results = json.loads((folder / "results.json").read_text())
+    # Also for what it says of a section or of the task.
+    from_config_dict(config)
+    if not (isinstance(results, dict) and results):
+      raise ValueError("results.json holds no split: judge the run again")
+    surroundings = folder / "surroundings.json"
+    found = json.loads(
+      surroundings.read_text() if surroundings.exists() else "{}"
+    )
+    return Run(config, metrics, results, found)
+  except FileNotFoundError as error:
+    raise ValueError(f"{folder} has no {Path(error.filename).name}") from error
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from error
+
+
+def read_study(folder: str | os.PathLike) -> list[Run]:
+  """The runs of a folder, each in its own folder in it.
+
+  Or in a variant's: `folder`/longer/run.seed=0 is of the variant "longer".
+
+  Raises:
+    ValueError: there is none, one cannot be read, or they are of several tasks.
+  """
+  folder = Path(folder)
+  runs = [
+    read_run(path.parent)._replace(
+      variant=path.parent.parent.name if deep else ""
+    )
+    for deep, pattern in enumerate(("*/results.json", "*/*/results.json"))
+    for path in sorted(folder.glob(pattern))
+  ]
   if not runs:
     raise ValueError(f"{folder}: no folder in it has a results.json")
   tasks = {run.config["task"]["name"] for run in runs}
@@ -99,33 +162,50 @@ def read_study(folder: str | os.PathLike) -> list[Run]:
   return runs
 
 
+def chosen(runs: Sequence[Run], where: Mapping[str, Sequence]) -> list[Run]:
+  """Those of the runs whose settings, path -> values, are among these."""
+  return [
+    run
+    for run in runs
+    if all(run.settings[path] in values for path, values in where.items())
+  ]
+
+
 def by_setting(
   runs: Sequence[Run], apart: Sequence[str] = ()
 ) -> dict[str, list[Run]]:
-  """Label -> the seeds of each setting, labelled by what differs.
+  """Label -> the seeds of each setting.
+
+  They are labelled by the variant, and by what differs within it. Models that
+  are only judged, each trained elsewhere, count as seeds.
 
   Args:
     apart: paths of settings that are shown in another way.
   """
-  settings = [run.settings for run in runs]
-  paths = [
-    path
-    for path in settings[0]
-    if path not in (*SEEDS, *apart)
-    and (path in _DECISIVE or not path.startswith(_BOOKKEEPING))
-    and len({each.get(path) for each in settings}) > 1
-  ]
-  # In the order of their values, not of their folders.
-  order = sorted(
-    range(len(runs)), key=lambda i: [_ordered(settings[i][x]) for x in paths]
-  )
   lines: dict[str, list[Run]] = {}
-  for i in order:
-    label = ", ".join(
-      _NAMES.get(path, f"{path} = {{}}").format(settings[i][path])
-      for path in paths
+  for variant in sorted({run.variant for run in runs}):
+    group = [run for run in runs if run.variant == variant]
+    settings = [run.settings for run in group]
+    trained = any(each["run.steps"] for each in settings)
+    decisive = _DECISIVE if trained else ()
+    paths = [
+      path
+      for path in sorted({path for each in settings for path in each})
+      if path not in (*SEEDS, *apart)
+      and (path in decisive or not path.startswith(_BOOKKEEPING))
+      and len({each.get(path) for each in settings}) > 1
+    ]
+    # In the order of their values, not of their folders.
+    order = sorted(
+      range(len(group)),
+      key=lambda i: [_ordered(settings[i].get(x)) for x in paths],
     )
-    lines.setdefault(label or "all runs", []).append(runs[i])
+    for i in order:
+      labels = [variant] * bool(variant) + [
+        _NAMES.get(path, f"{path} = {{}}").format(settings[i].get(path))
+        for path in paths
+      ]
+      lines.setdefault(", ".join(labels) or "all runs", []).append(group[i])
   return lines
 
 
@@ -178,6 +258,79 @@ def scores_by_depth(run: Run) -> dict[int, Mapping[str, Any]]:
   return {int(depth): scores for depth, scores in depths.items()}
 
 
+def accuracy_metric(run: Run, depth: int) -> str:
+  """The metric of the accuracy at a depth, judged on the way."""
+  if run.config["task"]["name"] == "depo":
+    return f"eval/hops_{depth}/accuracy"
+  return f"eval/{_split([run])}/depth_{depth}"
+
+
+def woken_after(run: Run) -> dict[int, Run]:
+  """Number of passes -> the run as judged after so many before each eviction.
+
+  Of those in sleep.evaluation_passes; with none there is nothing.
+  """
+  numbers = next(iter(run.results.values())).get("by_passes", {})
+  return {
+    int(n): run._replace(
+      results={
+        split: scores["by_passes"][n] for split, scores in run.results.items()
+      }
+    )
+    for n in numbers
+  }
+
+
+def passes_used(run: Run) -> float:
+  """Mean number of passes of a sleep, where a row may stop earlier."""
+  splits = [scores["sleep"]["passes"] for scores in run.results.values()]
+  return float(np.mean(splits))
+
+
+def chance(run: Run) -> float | None:
+  """What a guess among the answers that are possible scores, if it is known."""
+  task = run.config["task"]
+  if task["name"] == "rule110":
+    return 0.5 ** task["strings"]
+  # A node of the cycle, whose names are drawn anew for each row.
+  return 1 / task["nodes"] if task["name"] == "depo" else None
+
+
+def curve(lines: Sequence[Mapping], name: str) -> dict[int, float]:
+  """Step -> value where a line has it; not finite there, NaN here."""
+  return {
+    line["step"]: float("nan") if line[name] is None else line[name]
+    for line in lines
+    if name in line
+  }
+
+
+def step_flops(run: Run, counted: dict[str, float]) -> float:
+  """Training FLOPs of a step (`baselines.training_flops`).
+
+  Args:
+    counted: remembers those of each config, as JSON can hold it.
+  """
+  usual = run._replace(
+    config=completed({"task": {"name": run.config["task"]["name"]}})
+  ).settings
+  # A leaf that is new to config.py leaves the keys as they are.
+  key = " ".join(
+    f"{path}={value}"
+    for path, value in sorted(run.settings.items())
+    if path == "task.name"
+    or not (path.startswith(("mesh.", "run.")) or path == "data.seed")
+    and value != usual[path]
+  )
+  if key not in counted:
+    from sleep_jax.baselines import training_flops
+
+    config = dict(run.config, run=dict(run.config["run"], steps=1))
+    config["first_stage"] = dict(config["first_stage"], steps=0)
+    counted[key] = training_flops(from_config_dict(config))
+  return counted[key]
+
+
 def mean_and_interval(
   values: Sequence[float | None],
 ) -> tuple[float | None, float | None, float | None]:
@@ -186,16 +339,38 @@ def mean_and_interval(
   None where there is none: the mean of no values or of one that is None, the
   interval of less than two. That of a share may go beyond 0 and 1.
   """
-  from scipy import stats
-
   if not values or None in values:
     return None, None, None
-  mean = float(np.mean(np.array(values, float)))
-  if len(values) < 2:
-    return mean, None, None
-  error = np.std(np.array(values, float), ddof=1) / math.sqrt(len(values))
-  half_width = float(stats.t.ppf(0.975, len(values) - 1) * error)
-  return mean, mean - half_width, mean + half_width
+  return difference_and_interval([values], [])
+
+
+def difference_and_interval(
+  plus: Sequence[Sequence[float]], minus: Sequence[Sequence[float]]
+) -> tuple[float | None, float | None, float | None]:
+  """Sum of the means of `plus` less that of `minus`, with its 95% interval.
+
+  Each is of independent values; Welch's t, which does not take their variances
+  for equal. None as of `mean_and_interval`.
+  """
+  from scipy import stats
+
+  groups = [np.array(values, float) for values in (*plus, *minus)]
+  if not all(map(len, groups)):
+    return None, None, None
+  signs = [1] * len(plus) + [-1] * len(minus)
+  means = [group.mean() for group in groups]
+  difference = float(np.dot(signs, means))
+  if min(map(len, groups)) < 2:
+    return difference, None, None
+  errors = np.array([x.var(ddof=1) / len(x) for x in groups])
+  freedom = errors.sum() ** 2 / max(
+    sum(e**2 / (len(x) - 1) for e, x in zip(errors, groups, strict=True)),
+    1e-300,
+  )
+  half_width = float(
+    stats.t.ppf(0.975, max(freedom, 1)) * math.sqrt(errors.sum())
+  )
+  return difference, difference - half_width, difference + half_width
 
 
 def _split(runs: Sequence[Run]) -> str:

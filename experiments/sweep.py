@@ -41,7 +41,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments import main as command
-from experiments.studies import SEEDS, mean_and_interval
+from experiments import studies
 
 _LOG = "log.txt"
 _DONE = "done"
@@ -153,19 +153,13 @@ def is_done(point: Point) -> bool:
   Raises:
     ValueError: its folder holds a run with another config.
   """
-  from sleep_jax.training.metrics import read_metrics
   from sleep_jax.training.workdir import check_config
 
   check_config(point.folder, dataclasses.asdict(point.config))
   try:
-    results = json.loads((point.folder / "results.json").read_text())
-    *_, last = read_metrics(point.folder / "metrics.jsonl")
-  except (FileNotFoundError, ValueError):
+    return studies.read_run(point.folder).finished
+  except ValueError:
     return False
-  if not (isinstance(results, dict) and results):
-    return False
-  # A run that is judged anew first drops its last evaluation.
-  return last["step"] == point.config.run.steps and "loss" not in last
 
 
 def run_points(points: Sequence[Point], jobs: int) -> dict[str, str]:
@@ -267,10 +261,9 @@ def table(points: Sequence[Point]) -> list[dict[str, Any]]:
     ValueError: the FLOPs of a config cannot be counted.
   """
   from sleep_jax.baselines import training_flops
-  from sleep_jax.training.metrics import read_metrics
 
   paths = dict.fromkeys(path for point in points for path in point.settings)
-  for path in SEEDS:
+  for path in studies.SEEDS:
     paths.pop(path, None)
   groups: dict[tuple, list[Point]] = {}
   for point in points:
@@ -279,16 +272,11 @@ def table(points: Sequence[Point]) -> list[dict[str, Any]]:
     groups.setdefault(key, []).append(point)
   rows = []
   for key, seeds in groups.items():
-    results = [
-      json.loads((point.folder / "results.json").read_text()) for point in seeds
-    ]
-    metrics = [read_metrics(point.folder / "metrics.jsonl") for point in seeds]
-    config = seeds[0].config
+    runs = [studies.read_run(point.folder) for point in seeds]
+    results, config = [run.results for run in runs], seeds[0].config
     once = {
-      "seconds": list(map(_seconds, metrics)),
-      "tokens": [
-        config.run.steps * config.data.batch_size * config.data.length
-      ],
+      "seconds": [run.seconds for run in runs],
+      "tokens": [config.run.steps * runs[0].step_tokens],
       "flops": [training_flops(config)],
     }
     for split in results[0]:
@@ -305,12 +293,12 @@ def table(points: Sequence[Point]) -> list[dict[str, Any]]:
         }
         if depth == "all":
           values["loss"] = [
-            lines[-1][f"eval/{split}/loss"] for lines in metrics
+            run.metrics[-1][f"eval/{split}/loss"] for run in runs
           ]
         row = dict(zip(paths, key, strict=True))
         row |= {"seeds": len(seeds), "split": split, "depth": depth}
         for name in _MEASURED:
-          mean, low, high = mean_and_interval(values.get(name, ()))
+          mean, low, high = studies.mean_and_interval(values.get(name, ()))
           row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
         # With other data the questions are others, and so are their floors.
         rows.append(
@@ -521,16 +509,6 @@ def _step(point: Point) -> int:
     return 0
   steps = re.findall(r'^{"step": (\d+)', text, re.MULTILINE)
   return int(steps[-1]) if steps else 0
-
-
-def _seconds(metrics: Sequence[Mapping[str, float]]) -> float:
-  """What the steps took; a run that was cut has a line before each save."""
-  seconds, before = 0.0, 0.0
-  for line in metrics:
-    if "steps_per_second" in line:
-      seconds += (line["step"] - before) / line["steps_per_second"]
-      before = line["step"]
-  return seconds
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 from experiments import measuring
+from experiments.surroundings import surroundings
 
 _LEAST_WINDOWS = 4
 # From here on the paper's figure has windows cost little.
@@ -137,8 +138,7 @@ def measure(config, windows, passes, rounds: int) -> dict[str, Any]:
     "cells": measured,
     "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
     "vocabulary": vocabulary,
-    **measuring.surroundings(),
-    "devices": jax.device_count(),
+    **surroundings(),
     "model": dataclasses.asdict(config.model),
   }
 

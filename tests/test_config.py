@@ -198,3 +198,5 @@ def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(tmp_path):
   again = run_tiny(workdir)
   assert again.returncode == 0, again.stderr
   assert (tmp_path / "results.json").exists()
+  made = json.loads((tmp_path / "surroundings.json").read_text())
+  assert made.keys() >= {"commit", "device", "cores", "jax"}

@@ -179,8 +179,8 @@ def test_the_command_says_what_cannot_be_read(
 
 
 def test_more_labels_than_colours_are_refused(tmp_path):
-  many = {f"N={n}": [results()] for n in range(7)}
-  with pytest.raises(ValueError, match="7 labels"):
+  many = {f"N={n}": [results()] for n in range(13)}
+  with pytest.raises(ValueError, match="13 labels"):
     figures.accuracy_by_depth(many, tmp_path / "a.png")
 
 
@@ -234,9 +234,9 @@ def study(tmp_path):
 
 
 def test_a_study_is_drawn(drawn, study, tmp_path):
-  paths = figures.draw_study(study, tmp_path)
+  paths = figures.draw_folder(study, tmp_path)
   assert all(path.stat().st_size for path in paths)
-  tokens, flops, depths, transposed = drawn
+  depths, tokens, flops, transposed = drawn
   # Paper, figure 2b: a panel for each t, a line for each N; 2a the other way.
   assert [x.get_title(loc="left") for x in tokens.axes] == ["t = 2", "t = 8"]
   assert legend(tokens) == ["N = 1", "N = 4"]
@@ -254,7 +254,13 @@ def test_a_study_is_drawn(drawn, study, tmp_path):
   # More passes cost more, per step, than fewer.
   ends = {x.get_label(): x.get_xdata()[-1] for x in flops.axes[0].lines}
   assert ends["N = 4"] > 1.3 * ends["N = 1"] > 0
-  (panel,) = depths.axes
+  panel, printed = depths.axes
+  # The paper's t = 32 beside ours, each N in its colour.
+  assert legend(depths)[:2] == ["N = 1", "N = 4"]
+  assert [x.get_ydata().tolist() for x in printed.lines][:2] == [[0.1], [0.2]]
+  one, four = printed.lines[0], printed.lines[-1]
+  assert one.get_color() == panel.containers[0].lines[0].get_color()
+  assert four.get_color() == panel.containers[1].lines[0].get_color()
   bars = panel.containers[1]
   np.testing.assert_allclose(bars.lines[0].get_ydata(), [0.55, 0.65])
   # Three seeds 0.05 apart: Student's 4.303 x 0.05 / sqrt(3).
@@ -266,16 +272,16 @@ def test_a_study_is_drawn(drawn, study, tmp_path):
 
 def test_what_is_no_study_is_refused(study, tmp_path):
   with pytest.raises(ValueError, match="no folder in it has a results.json"):
-    figures.draw_study(tmp_path / "nowhere", tmp_path)
+    figures.draw_folder(tmp_path / "nowhere", tmp_path)
   (study / "012/results.json").write_text("{}")
   with pytest.raises(ValueError, match="012: results.json holds no split"):
-    figures.draw_study(study, tmp_path)
+    figures.draw_folder(study, tmp_path)
   (study / "000/config.json").write_text('{"task": 5}')
   with pytest.raises(ValueError, match="000: bad config"):
-    figures.draw_study(study, tmp_path)
+    figures.draw_folder(study, tmp_path)
   (study / "000/config.json").unlink()
   with pytest.raises(ValueError, match="000 has no config.json"):
-    figures.draw_study(study, tmp_path)
+    figures.draw_folder(study, tmp_path)
 
 
 def test_a_step_of_more_rows_costs_more(study):
@@ -283,8 +289,8 @@ def test_a_step_of_more_rows_costs_more(study):
   data = run.config["data"]
   more = dict(run.config, data=dict(data, batch_size=4 * data["batch_size"]))
   counted = {}
-  one = figures._flops(run, counted)
-  assert figures._flops(run._replace(config=more), counted) > 2 * one
+  one = studies.step_flops(run, counted)
+  assert studies.step_flops(run._replace(config=more), counted) > 2 * one
   started = dict(run.config, run=dict(run.config["run"], init_from="x"))
   runs = [run, run._replace(config=started)]
   assert len(studies.by_setting(runs)) == 2
@@ -307,3 +313,67 @@ def test_depo_and_math_have_several_depths_in_a_run(study):
     "eval/heldout/depth_2",
     "eval/heldout/depth_10",
   ]
+
+
+def test_variants_are_labelled_by_their_folder(study, tmp_path):
+  for path in list(study.iterdir()):
+    variant = "deeper" if path.name.startswith("00") else "hybrid"
+    (study / variant).mkdir(exist_ok=True)
+    path.rename(study / variant / path.name)
+  runs = studies.read_study(study)
+  # Of "deeper" there is one setting; what differs elsewhere is not its label.
+  assert list(studies.by_setting(runs, ["task.steps"])) == [
+    "deeper",
+    "hybrid, N = 1",
+    "hybrid, N = 4",
+  ]
+
+
+def test_passes_when_judged_are_drawn(drawn, study, tmp_path):
+  for seed in range(3):
+    path = study / f"01{seed}/results.json"
+    found = json.loads(path.read_text())
+    found["heldout"]["by_passes"] = {
+      n: {"depth": {"2": scores(0.1 * int(n) + 0.1 * seed, None, 0.2)}}
+      for n in ("1", "8")
+    }
+    path.write_text(json.dumps(found))
+  runs = studies.read_study(study)
+  assert "by_test_passes.png" in figures.study_figures(runs, {})
+  lines = studies.by_setting(runs, ["task.steps"])
+  figures.study_by_test_passes(lines, tmp_path / "a.png")
+  (panel,) = drawn[0].axes
+  assert panel.get_title(loc="left") == "depth 2"
+  assert legend(drawn[0]) == ["N = 4"]
+  (bars,) = panel.containers
+  np.testing.assert_allclose(bars.lines[0].get_xydata(), [(1, 0.2), (8, 0.9)])
+
+
+def test_tolerances_are_drawn(drawn, study, tmp_path):
+  for i, path in enumerate(sorted(study.glob("*/config.json"))):
+    config = json.loads(path.read_text())
+    config["sleep"]["tolerance"] = 0.1 * (i % 2)
+    config["run"]["steps"] = 0
+    config["run"]["init_from"] = f"a model {i}"
+    path.write_text(json.dumps(config))
+    found = json.loads(path.with_name("results.json").read_text())
+    found["heldout"]["sleep"] = {"passes": 4.0 - i % 2}
+    path.with_name("results.json").write_text(json.dumps(found))
+  (path,) = figures.draw_folder(study, tmp_path)
+  used, accuracy = drawn[0].axes
+  assert path.name == "by_tolerance.png"
+  assert [x.get_text() for x in used.get_xticklabels()] == ["0", "0.1"]
+  # The models that they were trained to are seeds.
+  assert legend(drawn[0]) == ["N = 1", "N = 4"]
+  for bars in used.containers:
+    np.testing.assert_allclose(bars.lines[0].get_ydata(), [4, 3])
+  np.testing.assert_allclose(
+    accuracy.containers[0].lines[0].get_ydata(), [0.3, 0.3], atol=0.1
+  )
+
+
+def test_many_panels_take_several_rows(drawn, tmp_path):
+  many = {f"split {i}": results()["heldout"] for i in range(6)}
+  figures.accuracy_by_depth({"N=1": [many]}, tmp_path / "a.png")
+  rows = {round(x.get_position().y0, 2) for x in drawn[0].axes}
+  assert len(drawn[0].axes) == 6 and len(rows) == 2

@@ -28,7 +28,7 @@ def test_shipped_parameters_answer_as_recorded(passes, tmp_path):
     ),
   )
   mine = loop.train(config, tmp_path)["heldout"]["overall"]
-  path = EXPERIMENTS / "results" / name / "results.json"
+  path = EXPERIMENTS / f"results/math-evening/n{passes}/results.json"
   recorded = json.loads(path.read_text())["heldout"]["overall"]
   low, high = mine["interval"]
   assert mine["count"] == 256
