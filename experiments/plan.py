@@ -114,6 +114,14 @@ _WARMUPS: Mapping[str, Mapping[str, Any]] = {
     "first_stage.eviction": "sliding",
   },
 }
+_PLAIN = {"task.curriculum": "()"}
+_RECIPES: Mapping[str, Mapping[str, Any]] = {
+  "curriculum": {},
+  "plain": _PLAIN,
+  "from_two": {"task.curriculum": "((25600,2),(25600,4))"},
+  "sampled_passes": _PLAIN | {"sleep.sampled_passes": True},
+  "beta_to_two": _PLAIN | {"model.beta_range": 2.0},
+}
 _TOLERANCES = "sleep.tolerance=0.0,0.01,0.03,0.1,0.3"
 _TRAINED_FOR = {"fixed": False, "sampled": True}
 
@@ -139,7 +147,19 @@ STUDIES: Sequence[Study] = (
   Study(
     "Rule 110, deeper: recipes",
     "rule110-deep",
-    "What it takes to learn a deeper t: runs are labelled by what differs.",
+    "t = 6 with N = 3 in 1,000 steps: alone (plain), by way of t = 4 and 5"
+    " (curriculum, which is `automaton.py:deep`) or of t = 2 and 4 (from_two),"
+    " with 1 to 3 passes drawn for each batch (sampled_passes), or with b up to"
+    " 2 (beta_to_two).",
+    [
+      Sweep(
+        f"rule110-deep/{name}",
+        "automaton.py:deep",
+        [_SEEDS],
+        overrides,
+      )
+      for name, overrides in _RECIPES.items()
+    ],
   ),
   Study(
     "Depo: hops and passes N",
@@ -485,6 +505,17 @@ CLAIMS: Sequence[Claim] = (
       )
       for folder, n in (("rule110", 2), ("depo", 4))
       for rule in _RULES
+    ],
+  ),
+  Claim(
+    "A curriculum over t reaches what t alone does not",
+    _OURS,
+    [
+      _between(
+        "rule110-deep, depth 6: curriculum over plain",
+        Cell("rule110-deep/curriculum", 6),
+        Cell("rule110-deep/plain", 6),
+      )
     ],
   ),
   Claim(
