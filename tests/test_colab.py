@@ -266,7 +266,7 @@ def test_it_runs_at_tiny_size(name, tmp_path, monkeypatch):
   notebook.cells.insert(3, nbformat.v4.new_code_cell("\n".join(lines)))
   NotebookClient(
     notebook,
-    timeout=600,
+    timeout=1800,
     kernel_manager_class=Manager,
     resources={"metadata": {"path": str(FOLDER)}},
   ).execute()
