@@ -24,7 +24,8 @@ setup: $(STAMP)
 $(STAMP): setup.py $(CONSTRAINTS) $(VENV)/bin/python
 	@echo "Installing $(CONSTRAINTS) into $(VENV): about a minute"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --editable '.[dev,hf,plots,tensorboard]' --constraint $(CONSTRAINTS)
+	  --editable '.[dev,hf,notebooks,plots,tensorboard]' \
+	  --constraint $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/bin/python:
