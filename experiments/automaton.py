@@ -7,8 +7,6 @@ each after t steps of Rule 110 is asked (paper, section 5). Sizes:
   pocket (default): 2 strings of 16 bits, t = 4, strings held out; minutes on
     2 CPU cores.
   tiny: under a minute, for tests; learns nothing much.
-  deep: t = 6, N = 3, reached by way of t = 4 and 5, where as many tokens of
-    t = 6 alone teach little; ten minutes.
   paper: 4 strings of 24 bits, t = 32, d = 256, 4 layers; for an accelerator.
 A comma adds a baseline of `sleep_jax/baselines.py`: `:pocket,deeper`.
 T counts the answer marker, the labels, and the end token after them: the
@@ -56,19 +54,6 @@ def tiny() -> ExperimentConfig:
   )
 
 
-def deep() -> ExperimentConfig:
-  """A depth that pocket's recipe does not reach: a curriculum over t."""
-  config = pocket()
-  return dataclasses.replace(
-    config,
-    task=dataclasses.replace(
-      config.task, steps=6, curriculum=((38_400, 4), (25_600, 5))
-    ),
-    sleep=dataclasses.replace(config.sleep, passes=3),
-    run=dataclasses.replace(config.run, steps=1000),
-  )
-
-
 def paper() -> ExperimentConfig:
   """The paper's automaton: batch 512, Muon 2e-3, AdamW 5e-5, 98k steps."""
   return ExperimentConfig(
@@ -88,7 +73,7 @@ def paper() -> ExperimentConfig:
   )
 
 
-SIZES = {"pocket": pocket, "tiny": tiny, "deep": deep, "paper": paper}
+SIZES = {"pocket": pocket, "tiny": tiny, "paper": paper}
 
 
 def get_config(selection: str = "pocket"):

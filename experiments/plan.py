@@ -114,13 +114,13 @@ _WARMUPS: Mapping[str, Mapping[str, Any]] = {
     "first_stage.eviction": "sliding",
   },
 }
-_PLAIN = {"task.curriculum": "()"}
+_DEEP = {"task.steps": 6, "sleep.passes": 3, "run.steps": 1000}
 _RECIPES: Mapping[str, Mapping[str, Any]] = {
-  "curriculum": {},
-  "plain": _PLAIN,
+  "plain": {},
+  "curriculum": {"task.curriculum": "((38400,4),(25600,5))"},
   "from_two": {"task.curriculum": "((25600,2),(25600,4))"},
-  "sampled_passes": _PLAIN | {"sleep.sampled_passes": True},
-  "beta_to_two": _PLAIN | {"model.beta_range": 2.0},
+  "sampled_passes": {"sleep.sampled_passes": True},
+  "beta_to_two": {"model.beta_range": 2.0},
 }
 _TOLERANCES = "sleep.tolerance=0.0,0.01,0.03,0.1,0.3"
 _TRAINED_FOR = {"fixed": False, "sampled": True}
@@ -148,15 +148,14 @@ STUDIES: Sequence[Study] = (
     "Rule 110, deeper: recipes",
     "rule110-deep",
     "t = 6 with N = 3 in 1,000 steps: alone (plain), by way of t = 4 and 5"
-    " (curriculum, which is `automaton.py:deep`) or of t = 2 and 4 (from_two),"
-    " with 1 to 3 passes drawn for each batch (sampled_passes), or with b up to"
-    " 2 (beta_to_two).",
+    " (curriculum) or of t = 2 and 4 (from_two), with 1 to 3 passes drawn for"
+    " each batch (sampled_passes), or with b up to 2 (beta_to_two).",
     [
       Sweep(
         f"rule110-deep/{name}",
-        "automaton.py:deep",
+        "automaton.py",
         [_SEEDS],
-        overrides,
+        _DEEP | overrides,
       )
       for name, overrides in _RECIPES.items()
     ],
