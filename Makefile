@@ -17,7 +17,7 @@ VENV := $(strip $(VENV))
 CONSTRAINTS := constraints/py$(if $(filter 3.11,$(VERSION)),311,312).txt
 STAMP := $(VENV)/set-up
 
-.PHONY: setup test test-slow math smoke lint types
+.PHONY: setup test test-slow compilers test-compile math smoke lint types
 
 setup: $(STAMP)
 
@@ -36,6 +36,17 @@ test: setup
 
 test-slow: setup
 	$(VENV)/bin/python -m pytest -m slow
+
+# The TPU compiler in a folder of its own: where it is installed, JAX looks for
+# a TPU at each start.
+compilers: setup
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --upgrade --target $(VENV)/compilers \
+	  --constraint $(CONSTRAINTS) libtpu
+
+test-compile: compilers
+	PYTHONPATH=$(VENV)/compilers JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest \
+	  tests/test_compile_only.py -m slow -k TestForATpu
 
 math: setup
 	$(VENV)/bin/python -m experiments.main --config=experiments/math.py
