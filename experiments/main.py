@@ -97,6 +97,8 @@ def main(_):
     logging.set_verbosity(logging.WARNING)
   name = config_name()
   folder = Path(WORKDIR.value or f"runs/{name}")
+  # Before the run: the code may change while it trains.
+  made_by = surroundings()
   try:
     results = loop.train(from_config_dict(CONFIG.value), folder)
   except preemption.Preempted as reason:
@@ -110,8 +112,10 @@ def main(_):
     return
   print(judging.format_table(results))
   try:
-    text = json.dumps(surroundings(), indent=2) + "\n"
-    write_atomically(folder / "surroundings.json", text)
+    # Not of a run that is only judged again.
+    if not (folder / "surroundings.json").exists():
+      text = json.dumps(made_by, indent=2) + "\n"
+      write_atomically(folder / "surroundings.json", text)
     figures.draw_run(name, results, folder)
   except ValueError as error:  # no matplotlib
     logging.warning("no figures: %s", error)

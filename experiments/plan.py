@@ -426,7 +426,7 @@ CLAIMS: Sequence[Claim] = (
     ],
   ),
   Claim(
-    "A transformer that evicts can only guess: fast weights are better",
+    "Fast weights are better than a transformer that evicts",
     f"{_PAPER}, section 5",
     [_over("rule110-matched", "transformer", "rule110", 4, 1, _T4)],
   ),
@@ -471,7 +471,7 @@ CLAIMS: Sequence[Claim] = (
     ],
   ),
   Claim(
-    "Sleep is better than a transformer that keeps everything",
+    "Sleep is better than a transformer, cheaper to train, that keeps all",
     _OURS,
     [
       _over(f"{folder}-matched", "full_cache", folder, depth, n)
@@ -507,7 +507,7 @@ CLAIMS: Sequence[Claim] = (
     ],
   ),
   Claim(
-    "A curriculum over t reaches what t alone does not",
+    "Learning t by way of smaller t is better than t alone",
     _OURS,
     [
       _between(

@@ -9,6 +9,7 @@ first. A study whose runs are missing is called so.
 """
 
 import argparse
+import ast
 import functools
 import json
 import shlex
@@ -33,20 +34,25 @@ with its config.json, metrics.jsonl and results.json. What is asked of them,
 and the notes, are in `plan.py`; `python -m experiments.report --commands`
 prints the commands that are left.
 
-*Accuracy* is exact: every label of an answer and its end are right, on
-held-out examples. Beside its mean stand the 95% interval over the seeds
-(Student's t; not cut at 0 and 1) and each seed. *Constant* is the floor: what
-the best constant answer scores on the very same examples; *chance* is a guess
-among the possible ones. *At equal FLOPs* is the accuracy on the way, on a
-quarter of the examples, where the cheapest training of the study ends; others'
-learning rates have not decayed there, so that only the studies at equal
-training FLOPs compare what was trained for the same.
+*Accuracy* is exact: every label of an answer and its end are right, on held-out
+examples. Beside its mean stand the 95% interval over the seeds (Student's t;
+not cut at 0 and 1) and each seed. *Constant* is the floor: what the best
+constant answer scores on the very same examples; *chance* is a guess among the
+possible ones. *At equal FLOPs* is the accuracy where the cheapest training of
+the study ends: its own at the end, the others' on the way, on a quarter of the
+examples and with a learning rate that has not decayed. Only the studies at
+equal training FLOPs compare what was trained for the same.
 """
 _CLAIMS_HEAD = """## The paper's claims, and our questions, at this scale
 
-Each difference is of mean accuracies, with Welch's 95% interval. **Shown**: the
-interval is above 0. **Opposite**: it is below 0. *Not shown*: it holds 0; with
-few seeds that says little. A depth is t, hops or operations.
+Each difference is of mean accuracies, with a 95% interval: seed by seed where
+both sides have the same seeds, else Welch's. **Shown**: the interval is above
+0. **Opposite**: it is below 0. *Not shown*: it holds 0; with few seeds that
+says little. *No spread*: all seeds agree, and nothing is known of others. Of so
+many intervals one in twenty misses by chance. Seeds change the initial
+parameters, not the questions. A depth is t, hops or operations; where one side
+is near 0 or 1 there is little left to gain. What is compared was trained with
+one and the same learning rate, which was not tuned for either.
 
 | claim | source | difference | value | verdict |
 | --- | --- | --- | --- | --- |"""
@@ -105,6 +111,8 @@ def verdict(
     return "not run"
   if low is None or high is None:
     return "too few seeds"
+  if high - low < 1e-9:
+    return "no spread"
   if low > 0:
     return "**shown**"
   return "**opposite**" if high < 0 else "not shown"
@@ -150,16 +158,29 @@ def _command(sweep: plan.Sweep) -> str:
 
 def _progress(read: _Read, sweep: plan.Sweep) -> tuple[int, int]:
   """How many points are done, and how many there are."""
-  runs = [run.settings for run in read(sweep.folder)]
-  points = [point for grid in sweep.grids for point in combinations(grid)]
+  runs = [run.settings for run in read(sweep.folder) if run.finished]
+  points = [
+    {**sweep.overrides, **point}
+    for grid in sweep.grids
+    for point in combinations(grid)
+  ]
   done = [
     any(
-      all(str(run[path]) == text for path, text in point.items())
+      all(_as_set(run[path]) == _as_set(x) for path, x in point.items())
       for run in runs
     )
     for point in points
   ]
   return sum(done), len(points)
+
+
+def _as_set(value: Any) -> Any:
+  """A setting's value, whether a grid, JSON or Python has written it."""
+  try:
+    value = ast.literal_eval(value) if isinstance(value, str) else value
+  except (SyntaxError, ValueError):  # a text
+    return value
+  return json.dumps(value)
 
 
 def _study(read: _Read, study: plan.Study, counted: dict[str, float]) -> str:
@@ -204,7 +225,9 @@ def _provenance(runs: Sequence[studies.Run]) -> str:
 
 def _table(runs: Sequence[studies.Run], counted: dict[str, float]) -> str:
   """Of each line and depth: accuracy, floors, and what training took."""
-  budget = min(_flops(run, counted) for run in runs)
+  # Variants may be matched by their whole training.
+  varied = any(run.variant for run in runs)
+  budget = 0 if varied else min(_flops(run, counted) for run in runs)
   rows = []
   for label, at, seeds in _cells(runs):
     first, scores = (
@@ -213,7 +236,6 @@ def _table(runs: Sequence[studies.Run], counted: dict[str, float]) -> str:
     )
     accuracy = [score["accuracy"] for score in scores]
     chance = studies.chance(first)
-    on_the_way = [_accuracy_at(run, at, budget, counted) for run in seeds]
     rows.append(
       {
         "setting": label,
@@ -222,11 +244,14 @@ def _table(runs: Sequence[studies.Run], counted: dict[str, float]) -> str:
         "each seed": " ".join(f"{x:.3f}" for x in accuracy),
         "constant": f"{np.mean([score['floor'] for score in scores]):.3f}",
         "chance": "" if chance is None else f"{chance:.3f}",
-        "at equal FLOPs": _mean(studies.mean_and_interval(on_the_way)),
         "tokens": f"{first.config['run']['steps'] * first.step_tokens:.3g}",
         "FLOPs": f"{_flops(first, counted):.3g}",
       }
     )
+    if budget:
+      on_the_way = [_accuracy_at(run, at, budget, counted) for run in seeds]
+      equal = _mean(studies.mean_and_interval(on_the_way))
+      rows[-1]["at equal FLOPs"] = equal
     if any(run.settings["sleep.tolerance"] for run in runs):
       used = studies.mean_and_interval([*map(studies.passes_used, seeds)])
       rows[-1]["passes used"] = _mean(used)
@@ -296,13 +321,17 @@ def _mean(values: Sequence[float | None], sign: str = "") -> str:
 
 
 def _claims(read: _Read) -> str:
-  def accuracies(cell: plan.Cell) -> list[float]:
-    runs = studies.chosen(read(cell.folder), cell.where)
-    if cell.woken is not None:
-      woken = map(studies.woken_after, runs)
-      runs = [x[cell.woken] for x in woken if cell.woken in x]
-    scores = map(studies.scores_by_depth, runs)
-    return [x[cell.depth]["accuracy"] for x in scores if cell.depth in x]
+  def accuracies(cell: plan.Cell) -> dict[tuple, float]:
+    """Seeds of a run -> its accuracy."""
+    found = {}
+    for run in studies.chosen(read(cell.folder), cell.where):
+      seeds = tuple(run.settings[path] for path in studies.SEEDS)
+      if cell.woken is not None:
+        run = studies.woken_after(run).get(cell.woken)
+      scores = studies.scores_by_depth(run) if run else {}
+      if cell.depth in scores:
+        found[seeds] = scores[cell.depth]["accuracy"]
+    return found
 
   rows = [_CLAIMS_HEAD]
   for claim in plan.CLAIMS:

@@ -339,27 +339,42 @@ def mean_and_interval(
   None where there is none: the mean of no values or of one that is None, the
   interval of less than two. That of a share may go beyond 0 and 1.
   """
+  from scipy import stats
+
   if not values or None in values:
     return None, None, None
-  return difference_and_interval([values], [])
+  mean = float(np.mean(np.array(values, float)))
+  if len(values) < 2:
+    return mean, None, None
+  error = np.std(np.array(values, float), ddof=1) / math.sqrt(len(values))
+  half_width = float(stats.t.ppf(0.975, len(values) - 1) * error)
+  return mean, mean - half_width, mean + half_width
 
 
 def difference_and_interval(
-  plus: Sequence[Sequence[float]], minus: Sequence[Sequence[float]]
+  plus: Sequence[Mapping[Any, float]], minus: Sequence[Mapping[Any, float]]
 ) -> tuple[float | None, float | None, float | None]:
   """Sum of the means of `plus` less that of `minus`, with its 95% interval.
 
-  Each is of independent values; Welch's t, which does not take their variances
-  for equal. None as of `mean_and_interval`.
+  Each maps seeds to values. Where all have the same seeds, these are pairs:
+  what the seeds share is left out (Student's t); else all values are taken for
+  independent, of unequal variances (Welch's t). None as of `mean_and_interval`.
   """
   from scipy import stats
 
-  groups = [np.array(values, float) for values in (*plus, *minus)]
-  if not all(map(len, groups)):
-    return None, None, None
   signs = [1] * len(plus) + [-1] * len(minus)
-  means = [group.mean() for group in groups]
-  difference = float(np.dot(signs, means))
+  every = [*plus, *minus]
+  if not all(every):
+    return None, None, None
+  if all(each.keys() == every[0].keys() for each in every):
+    return mean_and_interval(
+      [
+        sum(sign * each[seed] for sign, each in zip(signs, every, strict=True))
+        for seed in every[0]
+      ]
+    )
+  groups = [np.array(list(each.values()), float) for each in every]
+  difference = float(np.dot(signs, [group.mean() for group in groups]))
   if min(map(len, groups)) < 2:
     return difference, None, None
   errors = np.array([x.var(ddof=1) / len(x) for x in groups])

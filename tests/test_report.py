@@ -97,11 +97,11 @@ def test_a_study_is_a_table_of_its_seeds(tmp_path, counted):
   assert found[2] == f"0.800 {interval}"
   assert found[4:6] == ["0.125", "0.250"]  # two strings
   # N = 1 ends after 20 steps of 1: 5 steps of 4, before the first evaluation.
-  assert found[6] == ""
-  assert row(text, "N = 1", "4", "0.200 0.300 0.400")[6].startswith("0.300 ")
+  assert found[8] == ""
+  assert row(text, "N = 1", "4", "0.200 0.300 0.400")[8].startswith("0.300 ")
   tiny = automaton.tiny()
   tokens = 20 * tiny.data.batch_size * tiny.data.length
-  assert found[7:] == [f"{tokens:.3g}", "80"]
+  assert found[6:8] == [f"{tokens:.3g}", "80"]
   assert "6 runs: commit abc1234, 1 x cpu of 2 cores" in text
   assert "took 15 to 15 s each" in text
   assert "6 of 48 points are done" in text
@@ -128,6 +128,8 @@ def test_runs_beside_a_study_do_not_make_it_run(tmp_path, counted):
   ]
   assert row(matched, "longer")[3] == "0.625"
   assert "1 of 15 points are done" in matched
+  # Variants may be matched by their whole training.
+  assert "at equal FLOPs |" not in matched and "at equal FLOPs |" in text
 
 
 @pytest.mark.parametrize(
@@ -152,14 +154,15 @@ def test_a_verdict_is_computed(tmp_path, counted, more, said):
   assert found[-2].split(" [")[0] == f"{difference:+.3f}"
 
 
-def test_differences_are_welchs():
+def seeds(values):
+  return dict(enumerate(values))
+
+
+def test_differences_of_other_seeds_are_welchs():
   a, b = [0.1, 0.5, 0.4, 0.2], [0.9, 0.7, 0.3]
   expected = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
-  found = studies.difference_and_interval([a], [b])
+  found = studies.difference_and_interval([seeds(a)], [seeds(b)])
   assert found == pytest.approx((0.3 - 1.9 / 3, *expected))
-  # All seeds alike: nothing is left open, and nothing is divided by.
-  exact = studies.difference_and_interval([[1.0, 1.0]], [[0.25, 0.25]])
-  assert exact == (0.75, 0.75, 0.75)
   # Gains of gains, by the same formula written out.
   groups = [a, b, b[::-1], [0.0, 0.2]]
   variances = np.array([np.var(x, ddof=1) / len(x) for x in groups])
@@ -168,9 +171,22 @@ def test_differences_are_welchs():
   )
   half = stats.t.ppf(0.975, freedom) * variances.sum() ** 0.5
   middle = 0.3 + 1.9 / 3 - 1.9 / 3 - 0.1
+  groups = list(map(seeds, groups))
   assert studies.difference_and_interval(groups[:2], groups[2:]) == (
     pytest.approx((middle, middle - half, middle + half))
   )
+
+
+def test_differences_of_the_same_seeds_are_pairs():
+  a, b = [0.9, 0.6, 0.3], [0.795, 0.5, 0.205]
+  expected = stats.ttest_rel(a, b).confidence_interval()
+  found = studies.difference_and_interval([seeds(a)], [seeds(b)])
+  assert found == pytest.approx((0.1, *expected))
+  assert report.verdict(*found) == "**shown**"
+  # All alike: three seeds do not show that there is no other.
+  exact = studies.difference_and_interval([seeds([1] * 3)], [seeds([0.9] * 3)])
+  assert exact == pytest.approx((0.1, 0.1, 0.1))
+  assert report.verdict(*exact) == "no spread"
 
 
 def test_what_was_judged_after_other_passes_is_told(tmp_path, counted):
