@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,14 @@ def convert(
   shape = architecture.shape(folder.config)
   config = _experiment(folder, shape, config, target / "tokenizer.json")
   model = HybridLM(config.model, config.model.vocab_size)
-  params = _read_params(folder, architecture, shape, model, config.run.seed)
 
-  with workdir.new_folder(target) as made:
+  with (
+    workdir.new_folder(target) as made,
+    tempfile.TemporaryDirectory(dir=made.parent) as scratch,
+  ):
+    params = _read_params(
+      folder, architecture, shape, model, config.run.seed, Path(scratch)
+    )
     checkpoints.export_params(made, params)
     shutil.copy(folder.tokenizer, made / "tokenizer.json")
     shutil.copy(folder.path / "config.json", made / SOURCE_CONFIG)
@@ -158,8 +164,10 @@ def _experiment(folder, shape, config, tokenizer_path) -> ExperimentConfig:
   )
 
 
-def _read_params(folder, architecture, shape, model, seed) -> Any:
-  """The parameters, one array in memory after the other.
+def _read_params(folder, architecture, shape, model, seed, scratch) -> Any:
+  """The parameters, which lie in files of the folder `scratch`.
+
+  So the kernel can take back what memory they take.
 
   Raises:
     ValueError: a tensor is missing, misshapen, or has no place.
@@ -179,7 +187,7 @@ def _read_params(folder, architecture, shape, model, seed) -> Any:
   for name, tensor in places.items():
     by_path.setdefault(tensor.path, []).append(name)
   read = {}
-  for path, names in by_path.items():
+  for n, (path, names) in enumerate(by_path.items()):
     dtypes = sorted({folder.dtypes[name] for name in names})
     if len(dtypes) > 1:
       raise ValueError(
@@ -189,8 +197,11 @@ def _read_params(folder, architecture, shape, model, seed) -> Any:
     array = np.empty(wanted[path].shape, jnp.dtype(dtypes[0]))
     for name in names:
       _fill(array, places[name], folder.read(name))
+    file = scratch / str(n)
+    array.tofile(file)
+    array = np.memmap(file, array.dtype, "r", shape=array.shape)
     # The checkpoint's writer copies what is no array of JAX.
-    read[path] = jnp.asarray(array)
+    read[path] = jax.device_put(array, may_alias=True)
   if missing := wanted.keys() - read.keys():
     fresh = jax.jit(lambda: _some(init_params(model, seed), missing))()
     read |= fresh
