@@ -39,10 +39,13 @@ test-slow: setup
 
 # The TPU compiler in a folder of its own: where it is installed, JAX looks for
 # a TPU at each start.
-compilers: setup
+compilers: $(VENV)/compilers/set-up
+
+$(VENV)/compilers/set-up: $(STAMP)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --no-deps --upgrade --target $(VENV)/compilers \
 	  --constraint $(CONSTRAINTS) libtpu
+	@touch $@
 
 test-compile: compilers
 	PYTHONPATH=$(VENV)/compilers JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest \

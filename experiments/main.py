@@ -97,10 +97,11 @@ def main(_):
     logging.set_verbosity(logging.WARNING)
   name = config_name()
   folder = Path(WORKDIR.value or f"runs/{name}")
-  # Before the run: the code may change while it trains.
-  made_by = surroundings()
   try:
-    results = loop.train(from_config_dict(CONFIG.value), folder)
+    config = from_config_dict(CONFIG.value)
+    # Before the run: the code may change while it trains.
+    made_by = surroundings()
+    results = loop.train(config, folder)
   except preemption.Preempted as reason:
     logging.warning("%s; the same command goes on from there", reason)
     sys.exit(preemption.EXIT_CODE)

@@ -50,9 +50,10 @@ both sides have the same seeds, else Welch's. **Shown**: the interval is above
 0. **Opposite**: it is below 0. *Not shown*: it holds 0; with few seeds that
 says little. *No spread*: all seeds agree, and nothing is known of others. Of so
 many intervals one in twenty misses by chance. Seeds change the initial
-parameters, not the questions. A depth is t, hops or operations; where one side
-is near 0 or 1 there is little left to gain. What is compared was trained with
-one and the same learning rate, which was not tuned for either.
+parameters, and the questions only where a study says so. A depth is t, hops or
+operations; where one side is near 0 or 1 there is little left to gain. What is
+compared was trained with one and the same learning rate, which was not tuned
+for either.
 
 | claim | source | difference | value | verdict |
 | --- | --- | --- | --- | --- |"""
@@ -230,10 +231,8 @@ def _table(runs: Sequence[studies.Run], counted: dict[str, float]) -> str:
   budget = 0 if varied else min(_flops(run, counted) for run in runs)
   rows = []
   for label, at, seeds in _cells(runs):
-    first, scores = (
-      seeds[0],
-      [studies.scores_by_depth(run)[at] for run in seeds],
-    )
+    first = seeds[0]
+    scores = [studies.scores_by_depth(run)[at] for run in seeds]
     accuracy = [score["accuracy"] for score in scores]
     chance = studies.chance(first)
     rows.append(
@@ -255,7 +254,7 @@ def _table(runs: Sequence[studies.Run], counted: dict[str, float]) -> str:
     if any(run.settings["sleep.tolerance"] for run in runs):
       used = studies.mean_and_interval([*map(studies.passes_used, seeds)])
       rows[-1]["passes used"] = _mean(used)
-  return _markdown(rows)
+  return studies.markdown_table(rows) + "\n"
 
 
 def _woken_table(runs: Sequence[studies.Run]) -> str:
@@ -272,7 +271,7 @@ def _woken_table(runs: Sequence[studies.Run]) -> str:
       rows[-1][f"judged at N = {n}"] = _mean(
         studies.mean_and_interval([score["accuracy"] for score in scores])
       )
-  return _markdown(rows)
+  return studies.markdown_table(rows) + "\n" if rows else ""
 
 
 def _cells(runs: Sequence[studies.Run]):
@@ -287,15 +286,6 @@ def _cells(runs: Sequence[studies.Run]):
         at,
         [run for run in some if at in studies.scores_by_depth(run)],
       )
-
-
-def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
-  """A table; the columns are the first row's."""
-  if not rows:
-    return ""
-  lines = [rows[0].keys(), ["---"] * len(rows[0])]
-  lines += [[row.get(name, "") for name in rows[0]] for row in rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _flops(run: studies.Run, counted: dict[str, float]) -> float:

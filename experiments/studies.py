@@ -388,6 +388,13 @@ def difference_and_interval(
   return difference, difference - half_width, difference + half_width
 
 
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+  """Rows of cells by column, as Markdown; the columns are the first row's."""
+  lines = [rows[0].keys(), ["---"] * len(rows[0])]
+  lines += [[row.get(name, "") for name in rows[0]] for row in rows]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _split(runs: Sequence[Run]) -> str:
   """The split that counts: of strings or problems never trained on."""
   splits = runs[0].results

@@ -320,9 +320,9 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{value:{digits}}{interval}"
 
   names = [name for name in rows[0] if not name.endswith(("_low", "_high"))]
-  table = [names, ["---"] * len(names)]
-  table += [[cell(row, name) for name in names] for row in rows]
-  return "\n".join(f"| {' | '.join(row)} |" for row in table)
+  return studies.markdown_table(
+    [{name: cell(row, name) for name in names} for row in rows]
+  )
 
 
 def slurm(points: Sequence[Point]) -> str:
