@@ -23,6 +23,7 @@ CONFIGS = [
   DepoConfig(),
   LONG_NAMES,
   DepoConfig(nodes=5, hops=6, queries=2, name_length=(1, 1), mini_vocab=5),
+  DepoConfig(nodes=6, hops=4, mini_vocab=4, separator=True),
 ]
 
 
@@ -84,7 +85,13 @@ def test_an_example_is_its_problem_as_text(config, split):
   size = config.mini_vocab
   for index in range(20):
     example = task.example(split, index)
-    names = names_of(example.context.split(), size)
+    words = example.context.split()
+    if config.separator:
+      edges = " ".join(words).split("9700")
+      assert edges[0] == "" and len(edges) == 1 + len(example.questions)
+      assert all(len(names_of(x.split(), size)) == 2 for x in edges[1:])
+      words = [word for word in words if word != "9700"]
+    names = names_of(words, size)
     following = dict(zip(names[::2], names[1::2], strict=True))
     depths = []
     for question in example.questions:
@@ -295,6 +302,17 @@ def state_another(fields):
 def drop_a_query(fields):
   fields["ids"] = fields["ids"][:-4]
   fields["qa_tokens"] -= 4
+
+
+@pytest.mark.parametrize(("place", "value"), [(1, 2), (4, 9000), (4, 9701)])
+def test_a_separator_that_is_none_is_found(place, value):
+  config = DepoConfig(name_length=(1, 1), mini_vocab=80, separator=True)
+  (fields,) = records(config, "train", 1)
+  assert fields["ids"][place] == 9700
+  check(fields)
+  fields["ids"][place] = value
+  with pytest.raises(Wrong, match=f"token {place}: no separator"):
+    check(fields)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,14 @@ import sys
 
 from sleep_jax.tasks import problem_files
 from sleep_jax.tasks.depo.checker import Wrong, check, read_records
-from sleep_jax.tasks.depo.task import HOPS, MARKER, Depo, DepoConfig, Problem
+from sleep_jax.tasks.depo.task import (
+  HOPS,
+  MARKER,
+  SEPARATOR,
+  Depo,
+  DepoConfig,
+  Problem,
+)
 
 _BOS = 0
 
@@ -26,6 +33,8 @@ def record(
   shortest, longest = config.name_length
   ids = [_BOS]
   for edge in problem.edges:
+    if config.separator:
+      ids.append(SEPARATOR)
     for name in edge:
       ids += name
   edges_tokens = len(ids) - 1
@@ -46,6 +55,7 @@ def record(
       mini_vocab=config.mini_vocab,
       min_tlen=shortest,
       max_tlen=longest,
+      separator=config.separator,
       QA=split != "train",
     ),
     index=index,
@@ -95,7 +105,7 @@ def main() -> int:
       "write": ("write problems to a file", _write),
     },
   )
-  names = "nodes", "hops", "queries", "mini_vocab", "name_length"
+  names = "nodes", "hops", "queries", "mini_vocab", "name_length", "separator"
   problem_files.add_options(commands["write"], DepoConfig, names, count=1000)
   commands["write"].add_argument("--split", default="train")
   return problem_files.main(parser)

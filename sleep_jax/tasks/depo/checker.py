@@ -1,7 +1,8 @@
 """Problems in files, checked from their tokens alone.
 
 A line is one JSON object with the fields of the original's samples: `ids` are
-bos, the edges (two names each), and the queries (9000 + k, a name, the marker
+bos, the edges (two names each, after a 9700 each if `params` has a true
+`separator`), and the queries (9000 + k, a name, the marker
 9500, a name); `loss_mask` is 1 on markers and answers. `params`: N, K, M, the
 names' mini_vocab, min_tlen and max_tlen, and QA, true where n must be N.
 """
@@ -13,7 +14,7 @@ from typing import Any
 
 from sleep_jax.tasks import problem_files
 
-_HOPS, _MARKER = 9000, 9500
+_HOPS, _MARKER, _SEPARATOR = 9000, 9500, 9700
 # Of params that the original leaves out: those that its functions default to.
 _DEFAULTS = dict(M=10, mini_vocab=3, min_tlen=5, max_tlen=7)
 
@@ -81,7 +82,11 @@ def check(record: dict) -> None:
   ids, params = record["ids"], record["params"]
   _equal("ids[0], the bos", ids[0] if ids else None, record["bos"])
   names, place = [], 1
-  while place < len(ids) and ids[place] <= _HOPS:
+  while place < len(ids) and not _HOPS < ids[place] < _MARKER:
+    if params.get("separator") and len(names) % 2 == 0:
+      if ids[place] != _SEPARATOR:
+        raise Wrong(f"token {place}: no separator before an edge")
+      place += 1
     name = _name(ids, place, params)
     names.append(name)
     place += len(name)

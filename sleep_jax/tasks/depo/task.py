@@ -9,9 +9,10 @@ from sleep_jax.tasks.base import Example, Question
 from sleep_jax.tasks.draws import Draws
 
 # Symbols are the original's numbers: those of names, then from 9001 on the
-# hops of a query, then the answer marker.
+# hops of a query, the answer marker, and what may stand before an edge.
 HOPS = 9000
 MARKER = 9500
+SEPARATOR = 9700
 FEWEST_NODES = 3
 
 Name: TypeAlias = tuple[int, ...]
@@ -37,6 +38,9 @@ class DepoConfig:
   name_length: tuple = (1, 2)
   # V: a name's last token is one of V, those before it are of V others.
   mini_vocab: int = 50
+  # Whether a separator stands before each edge. Without one nothing tells where
+  # an edge begins but a count from the start.
+  separator: bool = False
   # Whether the answer marker, too, must be predicted.
   marker_counts: bool = True
 
@@ -105,6 +109,7 @@ class Depo:
       *map(str, range(1, size + 1)),
       *self._ends,
       *(str(HOPS + k) for k in range(1, config.hops + 1)),
+      *([str(SEPARATOR)] if config.separator else []),
     )
     root = math.sqrt(config.nodes)
     self._weights = [
@@ -118,8 +123,11 @@ class Depo:
   def example(self, split: str, index: int) -> Example:
     """The example at `index`: edges, and questions "9000 + k, name"."""
     problem = self.problem(split, index)
+    before = f"{SEPARATOR} " if self._config.separator else ""
     return Example(
-      context=" ".join(_text(u) + " " + _text(v) for u, v in problem.edges),
+      context=" ".join(
+        before + _text(u) + " " + _text(v) for u, v in problem.edges
+      ),
       questions=tuple(
         Question(prompt=f"{HOPS + k} {_text(start)}", answer=_text(end))
         for k, start, end in problem.queries
