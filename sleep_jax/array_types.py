@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 Array = jax.Array | np.ndarray
 
 Tokens = Int[Array, "B T"]
+PassTargets = Int[Array, "B N T"]
 Mask = Bool[Array, "B T"]
 Rows = Bool[Array, "B"]
 Counts = Int[Array, "B"]

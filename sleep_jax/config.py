@@ -242,6 +242,9 @@ class SleepConfig:
   looped_groups: tuple = ()
   # Train each batch with a number of passes drawn from 1..N.
   sampled_passes: bool = False
+  # Weight of a loss after each pass, for a task that says what every place of
+  # a window should then hold (`Example.pass_targets`); 0 leaves it out.
+  pass_loss: float = 0.0
   # The numbers of passes that are judged; () is N alone.
   evaluation_passes: tuple = ()
   # In evaluation and sessions a row stops sleeping when a pass changes its S by
@@ -279,6 +282,18 @@ class SleepConfig:
       yield (
         "sleep.eviction = 'none' never sleeps: leave sleep.evaluation_passes, "
         "sleep.tolerance and sleep.sampled_passes as they are"
+      )
+    if not 0 <= self.pass_loss < math.inf:
+      yield (
+        f"sleep.pass_loss = {self.pass_loss}: must be at least 0 and finite"
+      )
+    if self.pass_loss and (
+      self.sampled_passes or self.gradient_passes or self.eviction == "none"
+    ):
+      yield (
+        f"sleep.pass_loss = {self.pass_loss}: is for all N passes of a sleep; "
+        "leave sleep.sampled_passes, sleep.gradient_passes and "
+        "sleep.eviction = 'none' out"
       )
     if not 0 <= self.tolerance < math.inf:
       yield (

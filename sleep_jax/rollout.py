@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sleep_jax.array_types import Mask, Tokens
+from sleep_jax.array_types import Mask, PassTargets, Tokens
 from sleep_jax.config import SleepConfig
 from sleep_jax.model import layers
 from sleep_jax.model.fast_weights import init_fast_weights
@@ -40,12 +40,15 @@ class Rollout(NamedTuple):
     slept: `Slept.passes` [windows, B] of the windows before the last, 0 where
       a row did not sleep, and of `sleep_until` also `Slept.norms` and `changes`
       [windows, N, B]; None where there is one window.
+    pass_loss: cross-entropy (nats) of what was held after each pass, summed
+      over windows, passes and places [B]; None without `pass_targets`.
   """
 
   loss_sum: jax.Array
   predictions: jax.Array
   memory: Memory
   slept: Any
+  pass_loss: jax.Array | None = None
 
 
 def init_memory(model, batch_size: int, sleep_config: SleepConfig) -> Memory:
@@ -137,6 +140,7 @@ def rollout(
   most_passes: int | None = None,
   sleeper=sleep,
   answer_length: int = 0,
+  pass_targets: PassTargets | None = None,
 ) -> Rollout:
   """Runs a batch window by window and returns its `Rollout`.
 
@@ -167,6 +171,8 @@ def rollout(
     sleeper: `sleep`, or `sleep_until` where no gradient is wanted.
     answer_length: most places of a row with loss; 0 is any number. Others of a
       window get no logits.
+    pass_targets: what the head is to read in h after each pass [B, N, T], -1
+      where that is left open, as where a row is awake; with `sleep.pass_loss`.
   """
   most_passes = most_passes or sleep_config.passes
   passes = most_passes if passes is None else passes
@@ -195,8 +201,24 @@ def rollout(
     predictions = jnp.argmax(logits, axis=-1).astype(targets.dtype)
     return jnp.sum(nats[..., 0] * mask), jnp.where(mask, predictions, 0)
 
+  def judge_passes(params, each, targets):
+    if targets is None:
+      return None
+
+    def judge_pass(total, pass_):
+      h, targets = pass_
+      logits = model.apply({"params": params}, h, method="logits")
+      log_probabilities = jax.nn.log_softmax(logits)
+      said = jnp.maximum(targets, 0)[..., None]
+      nats = -jnp.take_along_axis(log_probabilities, said, -1)[..., 0]
+      return total + jnp.sum(nats * (targets >= 0), axis=1), None
+
+    none = jnp.zeros(batch, each.dtype)
+    passes = each, jnp.moveaxis(targets, 1, 0)
+    return jax.lax.scan(judge_pass, none, passes)[0]
+
   def one_window(params, memory, window, passes, most_passes, config):
-    inputs, targets, mask, valid = window
+    inputs, targets, mask, valid, held = window
     awake = jnp.any(mask, axis=1)
     row_passes = jnp.where(awake, 1, passes).astype(jnp.int32)
     h, memory, slept = run_window(
@@ -223,11 +245,14 @@ def rollout(
       targets,
       mask,
     )
-    slept = slept._replace(h=None, state=None, cache=None)
+    pass_loss = judge_passes(params, slept.each, held)
+    slept = slept._replace(h=None, state=None, cache=None, each=None)
     sleeps = ~awake & jnp.any(valid, axis=1)
     slept = jax.tree.map(lambda x: jnp.where(sleeps, x, 0), slept)
-    return memory, (*judged, slept)
+    return memory, (*judged, slept, pass_loss)
 
+  if pass_targets is None:
+    sleep_config = dataclasses.replace(sleep_config, pass_loss=0.0)
   if sleep_config.eviction == "none":
     window_length = length
     config = dataclasses.replace(sleep_config, window_length=length)
@@ -238,11 +263,12 @@ def rollout(
   split = before * window_length
 
   def windows(x):
-    x = x[:, :split].reshape(batch, before, window_length)
-    return jnp.moveaxis(x, 1, 0)
+    x = x[..., :split]
+    x = x.reshape(*x.shape[:-1], before, window_length)
+    return jnp.moveaxis(x, -2, 0)
 
   arrays = (inputs, targets, loss_mask, valid)
-  many = tuple(map(windows, arrays))
+  many = jax.tree.map(windows, (*arrays, pass_targets))
 
   def scan(params, memory, first, last):
     def body(memory, window):
@@ -268,20 +294,24 @@ def rollout(
     memory, result = scan(params, memory, constant, before)
     results.append(result)
   with jax.named_scope("wake"):
-    memory, (last_loss_sum, output, _) = one_window(
-      params, memory, tuple(x[:, split:] for x in arrays), 1, 1, config
+    last = (*(x[:, split:] for x in arrays), None)
+    memory, (last_loss_sum, output, *_) = one_window(
+      params, memory, last, 1, 1, config
     )
   loss_sum, predictions, slept = last_loss_sum, [output], None
+  pass_loss = None
   if results:
-    loss_sums, outputs, slept = jax.tree.map(
+    loss_sums, outputs, slept, pass_losses = jax.tree.map(
       lambda *x: jnp.concatenate(x), *results
     )
     loss_sum += jnp.sum(loss_sums)
     outputs = jnp.moveaxis(outputs, 0, 1).reshape(batch, split)
     predictions.insert(0, outputs)
+    pass_loss = None if pass_losses is None else jnp.sum(pass_losses, axis=0)
   return Rollout(
     loss_sum=loss_sum,
     predictions=jnp.concatenate(predictions, axis=1),
     memory=memory,
     slept=slept,
+    pass_loss=pass_loss,
   )

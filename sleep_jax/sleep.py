@@ -34,6 +34,7 @@ class Slept(NamedTuple):
     norms: of S after each pass, |S_n| over all looped layers [N, B]; None where
       they were not asked for, 0 where a row took no such pass.
     changes: |S_n - S_(n-1)| / |S_n|, likewise.
+    each: h after each pass [N, B, L, D], of `sleep` with `sleep.pass_loss`.
   """
 
   h: Hidden | None
@@ -42,6 +43,7 @@ class Slept(NamedTuple):
   passes: Counts
   norms: jax.Array | None = None
   changes: jax.Array | None = None
+  each: jax.Array | None = None
 
 
 def sleep(
@@ -80,7 +82,10 @@ def sleep(
       makes the next cache.
     groups: of the model's pattern, that are looped; all of them.
   """
-  if reason := why_not_one_kernel(model, params, h, cache, groups):
+  reason = "h is wanted after each"
+  if not config.pass_loss:
+    reason = why_not_one_kernel(model, params, h, cache, groups)
+  if reason:
     logging.debug("sleep: one pass after the other, because %s", reason)
     arrays = params, h, state, cache, places, row_passes
     return _scan(model, passes, config, groups, *arrays)
@@ -135,24 +140,25 @@ def _scan(
       active = passes - n <= row_passes
       keeps = _keeps(config, active, passes - n == row_passes)
       carry = _one_pass(blocks, params, carry, cache, places, active, keeps)
-      return carry, None
+      return carry, carry[0] if config.pass_loss else None
 
     if config.remat_passes:
       body = jax.checkpoint(body, prevent_cse=False)
-    return jax.lax.scan(body, carry, jnp.arange(first, last))[0]
+    return jax.lax.scan(body, carry, jnp.arange(first, last))
 
   early = passes - config.gradient_passes if config.gradient_passes else 0
   if early > 0:
     still = jax.lax.stop_gradient
-    *learnt, made = scan(*still((params, cache, (h, state, cache))), 0, early)
+    constants = still((params, cache, (h, state, cache)))
+    (*learnt, made), _ = scan(*constants, 0, early)
     # The value of what was learnt, the gradient of what it started from.
     h, state = jax.tree.map(
       lambda x, y: still(y) + (x - still(x)), (h, state), tuple(learnt)
     )
   else:
     early, made = 0, cache
-  carry = scan(params, cache, (h, state, made), early, passes)
-  return Slept(*carry, row_passes)
+  carry, each = scan(params, cache, (h, state, made), early, passes)
+  return Slept(*carry, row_passes, each=each)
 
 
 def scanned(

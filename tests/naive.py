@@ -191,11 +191,26 @@ def blocks(config, params, h, states, kept, groups, window_length):
   return h, states, own
 
 
-def loss_sum(config, params, windows, sleep):
+def cross_entropy(config, params, h, targets):
+  """Of each place, from its h before the last norm."""
+  if not config.norm_in_loop:
+    h = rms_norm(h, params["final_norm"]["scale"], config.norm_eps)
+  if config.tied_head:
+    logits = h @ params["embedding"]["embedding"].T
+  else:
+    logits = h @ params["head"]["kernel"]
+  return [
+    jnp.log(jnp.sum(jnp.exp(row))) - row[target]
+    for row, target in zip(logits, targets, strict=True)
+  ]
+
+
+def loss_sum(config, params, windows, sleep, held=None):
   """(summed loss, S of each block) of one row by Algorithm 1.
 
   windows: list of (inputs, targets, mask) without padding, None for a window
-  that is all padding; sleep: a `SleepConfig`.
+  that is all padding; sleep: a `SleepConfig`; held: (window, pass) -> what its
+  places are to say after it, each of which adds to the loss, but for -1.
   """
   zeros = jnp.zeros(
     (config.fast_weight_heads, config.key_dim, config.value_dim)
@@ -244,9 +259,12 @@ def loss_sum(config, params, windows, sleep):
       h, states = jax.tree.map(
         lambda old, new: old + still(new - old), before, (h, states)
       )
-    for _ in range(passes - truncated):
+    for n in range(truncated, passes):
       h, states, looped = run(params, h, states, range(first, last))
       made.append(looped)
+      said = (held or {}).get((w, n), [-1] * len(inputs))
+      nats = cross_entropy(config, params, h, said)
+      total += sum(x for x, y in zip(nats, said, strict=True) if y >= 0)
     own |= made[0 if sleep.kept_pass == "first" else -1]
     h, states, late = run(params, h, states, range(last, len(config.pattern)))
     kept = {
@@ -260,13 +278,6 @@ def loss_sum(config, params, windows, sleep):
     }
     if not any(mask):
       continue
-    if not config.norm_in_loop:
-      h = rms_norm(h, params["final_norm"]["scale"], config.norm_eps)
-    if config.tied_head:
-      logits = h @ params["embedding"]["embedding"].T
-    else:
-      logits = h @ params["head"]["kernel"]
-    for row, target, counts in zip(logits, targets, mask, strict=True):
-      if counts:
-        total += jnp.log(jnp.sum(jnp.exp(row))) - row[target]
+    nats = cross_entropy(config, params, h, targets)
+    total += sum(x for x, counts in zip(nats, mask, strict=True) if counts)
   return total, states

@@ -161,6 +161,43 @@ def test_an_answer_beyond_its_length_is_refused_with_the_fix():
     lay_out(*ids, 8, 4, True, answer_length=enough)
 
 
+@dataclasses.dataclass
+class Passes(Numbers):
+  """Says that a pass reverses the number, and the next one squares it."""
+
+  texts: int = 2
+
+  def example(self, split, index):
+    example = super().example(split, index)
+    reverse = example.context[::-1]
+    texts = [reverse, f"{index**2:03d}"][: self.texts]
+    return dataclasses.replace(example, pass_targets=texts)
+
+
+def test_what_passes_should_hold_stands_at_the_context():
+  """Padded on the left; open in the answer's window, and where none are."""
+  aligned = next(train(Passes(), passes=2))
+  assert aligned.pass_targets.shape == (4, 2, 6)
+  code = {digit: DIGITS.encode(digit)[0] for digit in "0123456789"}
+  for row in range(4):
+    for said, text in zip(
+      aligned.pass_targets[row],
+      (f"00{row}"[::-1], f"{row**2:03d}"),
+      strict=True,
+    ):
+      assert said.tolist() == [-1, *(code[x] for x in text), -1, -1]
+  packed = next(train(Passes(), passes=2, window_length=2, align_answer=False))
+  assert (packed.pass_targets[:, :, 2:] == -1).all()
+  assert (packed.pass_targets[:, :, :2] > -1).all()
+  assert next(train(Passes())).pass_targets is None
+
+
+@pytest.mark.parametrize(("passes", "texts"), [(3, 2), (1, 2), (2, 0)])
+def test_another_number_of_passes_is_refused_with_the_fix(passes, texts):
+  with pytest.raises(ValueError, match=f"what {texts} passes .* = {passes}:"):
+    train(Passes(texts=texts), passes=passes)
+
+
 def test_row_r_of_batch_s_is_example_s_times_batch_size_plus_r():
   iterator = train(Numbers())
   for step in range(5):

@@ -95,16 +95,49 @@ def sleep_config(passes, **settings):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def run(model, params, arrays, sleep):
-  return rollout(model, params, *arrays, sleep)
+def run(model, params, arrays, sleep, held=None):
+  return rollout(model, params, *arrays, sleep, pass_targets=held)
+
+
+def make_held(passes):
+  """(pass_targets [B, N, T], the same of each row as `naive.loss_sum` wants).
+
+  Every place of a window slept on but each row's third of a window.
+  """
+  rng = np.random.default_rng(5)
+  held = np.full((len(ROWS), passes, 3 * WINDOW), -1, np.int32)
+  rows = []
+  for row, windows in enumerate(ROWS.values()):
+    rows.append({})
+    for w, (kind, length) in enumerate(windows):
+      if kind == "s":
+        places = slice((w + 1) * WINDOW - length, (w + 1) * WINDOW)
+        for n in range(passes):
+          said = rng.integers(0, VOCABULARY, length)
+          said[2:] = -1
+          held[row, n, places] = said
+          rows[row][w, n] = said.tolist()
+  return held, rows
 
 
 def mine_and_naive(config, sleep, dtype="float64"):
   """(loss, gradients) by `rollout` and by the naive loop, of all rows."""
   arrays, rows = make_rows()
+  held, held_by_row = None, [None] * len(rows)
+  if sleep.pass_loss:
+    held, held_by_row = make_held(sleep.passes)
 
   def naive_loss(params):
-    return sum(naive.loss_sum(config, params, row, sleep)[0] for row in rows)
+    return sum(
+      naive.loss_sum(config, params, row, sleep, its)[0]
+      for row, its in zip(rows, held_by_row, strict=True)
+    )
+
+  def loss(params, model):
+    result = run(model, params, arrays, sleep, held)
+    if sleep.pass_loss:
+      return result.loss_sum + jnp.sum(result.pass_loss)
+    return result.loss_sum
 
   with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
     _, params = make(config)
@@ -114,9 +147,7 @@ def mine_and_naive(config, sleep, dtype="float64"):
       dataclasses.replace(config, compute_dtype=dtype), VOCABULARY
     )
     params = jax.tree.map(lambda x: np.asarray(x, dtype), params)
-    mine = jax.jit(
-      jax.value_and_grad(lambda p: run(model, p, arrays, sleep).loss_sum)
-    )(params)
+    mine = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, model)
   return jax.tree.map(np.asarray, (mine, expected))
 
 
@@ -243,6 +274,12 @@ OLMO_HYBRID = dataclasses.replace(
       ),
       *("float64", 1e-12),
       id="truncated and sliding",
+    ),
+    pytest.param(
+      SMALL,
+      sleep_config(3, pass_loss=1.0),
+      *("float64", 1e-12),
+      id="a loss after each pass",
     ),
   ],
 )

@@ -120,6 +120,32 @@ def test_training_begins_with_the_curriculum():
       assert task.example(split, index) == plain.example(split, index)
 
 
+@pytest.mark.parametrize("boundary", ["periodic", "zero"])
+def test_each_pass_should_make_its_updates_and_move_them(boundary):
+  """Place i holds bit i - m of the string after m updates, m = 0, 3, 6, 7."""
+  task = Rule110(
+    Rule110Config(
+      width=5,
+      strings=2,
+      steps=7,
+      pass_steps=3,
+      boundary=boundary,
+      curriculum=((1, 2),),
+    ),
+    seed=0,
+  )
+  for index, made in ((0, (0, 2, 2, 2)), (1, (0, 3, 6, 7))):
+    example = task.example("train", index)
+    assert len(example.pass_targets) == 4
+    for steps, text in zip(made, example.pass_targets, strict=True):
+      for start in (0, 5):
+        string = example.context[start : start + 5]
+        after = roll_out_by_table(string, steps, boundary)
+        for i in range(5):
+          assert text[start + i] == after[(i - steps) % 5]
+  assert not Rule110(Rule110Config(), seed=0).example("train", 0).pass_targets
+
+
 def test_bits_are_fair_and_strings_differ():
   task = Rule110(Rule110Config(), seed=0)
   contexts = [task.example("train", i).context for i in range(2000)]

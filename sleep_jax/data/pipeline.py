@@ -27,6 +27,8 @@ class Batch(NamedTuple):
     valid: False where a place is padding.
     depth: `Example.depth` of each row.
     mode: `Example.mode` of each row, as an index into `Task.modes`.
+    pass_targets: for each pass the token that a place should then hold, -1
+      where that is left open; None where nothing is said of passes.
   """
 
   inputs: Int32[_Array, "B T"]
@@ -35,6 +37,7 @@ class Batch(NamedTuple):
   valid: Bool[_Array, "B T"]
   depth: Int32[_Array, "B"]
   mode: Int32[_Array, "B"]
+  pass_targets: Int32[_Array, "B N T"] | None = None
 
 
 def prediction_part(
@@ -145,6 +148,7 @@ def train_iterator(
   answer_length: int = 0,
   batch_size: int,
   seed: int,
+  passes: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
@@ -163,22 +167,25 @@ def train_iterator(
     align_answer, answer_length: see `lay_out`.
     batch_size: rows of a global batch.
     seed: order of a finite split.
+    passes: N, where batches have `pass_targets`; 0 where they have none.
     process_index: which rows: those of this process.
     process_count: number of processes that share a batch.
 
   Raises:
     ValueError: `batch_size` is not a multiple of `process_count`; an example
-      does not fit (`lay_out`), which is found out here for a finite split and
-      on iterating for an endless one.
+      does not fit (`lay_out`) or speaks of another number of passes: the first
+      one of an endless split, and any of a finite one; later ones are found out
+      on iterating.
   """
   rows = _rows_per_process(batch_size, process_count)
   layout = length, window_length, align_answer, answer_length
-  make_row = _row_maker(task, "train", tokenizer, *layout)
+  make_row = _row_maker(task, "train", tokenizer, passes, *layout)
   size = task.size("train")
   if size is None:
+    make_row(0)  # what does not fit is better known at once
     indices = grain.MapDataset.range(sys.maxsize)
   else:
-    for index in range(size):  # what does not fit is better known at once
+    for index in range(size):
       make_row(index)
     indices = grain.MapDataset.range(size).shuffle(seed).repeat()
   batches = indices.map(make_row).batch(rows, batch_fn=_stack)
@@ -224,7 +231,7 @@ def eval_batches(
       f"at most {size}"
     )
   layout = length, window_length, align_answer, answer_length
-  make_row = _row_maker(task, split, tokenizer, *layout)
+  make_row = _row_maker(task, split, tokenizer, 0, *layout)
   pad = np.full(length, tokenizer.pad_id, np.int32)
   unused, zero = np.zeros(length, np.bool_), np.zeros((), np.int32)
   padding = Batch(pad, pad, unused, unused, zero, zero)
@@ -252,6 +259,7 @@ def _row_maker(
   task: Task,
   split: str,
   tokenizer: Tokenizer,
+  passes: int,
   *layout: Any,
 ) -> Callable[[int], Batch]:
   """The function from an index to that example as a row (a batch without B)."""
@@ -260,20 +268,57 @@ def _row_maker(
   def make_row(index):
     example = task.example(split, index)
     try:
+      context = tokenizer.encode(example.context)
       arrays = lay_out(
-        tokenizer.encode(example.context),
+        context,
         *prediction_part(example, tokenizer),
         tokenizer.pad_id,
         *layout,
       )
+      held = None
+      if passes:
+        texts = [tokenizer.encode(text) for text in example.pass_targets]
+        held = _lay_out_passes(
+          texts, passes, len(context), *arrays[2:], *layout
+        )
     except ValueError as error:
       source = example.source or f"example {index} of {split!r}"
       raise ValueError(f"{source}: {error}") from error
     mode = modes.index(example.mode)
-    return Batch(*arrays, *np.array([example.depth, mode], np.int32))
+    return Batch(*arrays, *np.array([example.depth, mode], np.int32), held)
 
   return make_row
 
 
+def _lay_out_passes(
+  texts: Sequence[Sequence[int]],
+  passes: int,
+  context_length: int,
+  loss_mask: Bool[np.ndarray, "T"],
+  valid: Bool[np.ndarray, "T"],
+  length: int,
+  window_length: int,
+  *_: Any,
+) -> Int32[np.ndarray, "N T"]:
+  """`Batch.pass_targets` of a row: of the places in windows without loss.
+
+  Raises:
+    ValueError: there is not one text for each pass, as long as the context.
+  """
+  if [len(text) for text in texts] != [context_length] * passes:
+    raise ValueError(
+      f"says what {len(texts)} passes should hold, of {context_length} places "
+      f"each, and sleep.passes = {passes}: for sleep.pass_loss these must "
+      "agree (for Rule 110, sleep.passes = 1 + task.steps / task.pass_steps)"
+    )
+  held = np.full((passes, length), -1, np.int32)
+  start = int(valid.argmax())
+  held[:, start : start + context_length] = texts
+  awake = int(loss_mask.argmax()) // window_length * window_length
+  held[:, awake:] = -1
+  return held
+
+
 def _stack(rows: Sequence[Batch]) -> Batch:
-  return Batch(*(np.stack(column) for column in zip(*rows, strict=True)))
+  columns: Any = jax.tree.map(lambda *column: np.stack(column), *rows)
+  return columns

@@ -34,6 +34,8 @@ class Example:
     answer_ends: symbols that stand at an answer's end and nowhere else in it;
       with none, an end token follows each answer.
     marker_counts: whether the marker after a prompt must be written, too.
+    pass_targets: what the context's places should hold after each pass of a
+      sleep: a text as long as the context for every pass, or none at all.
   """
 
   context: str
@@ -43,6 +45,7 @@ class Example:
   source: str = ""
   answer_ends: Sequence[str] = ()
   marker_counts: bool = True
+  pass_targets: Sequence[str] = ()
 
 
 @runtime_checkable

@@ -1,6 +1,7 @@
 """Rule 110: the first bit of each of several strings after t steps."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,9 @@ class Rule110Config:
   # Training begins with easier examples: ((how many, steps), ...), one after
   # the other, as in ((40_000, 4), (20_000, 6)).
   curriculum: tuple = ()
+  # r: updates that each pass but the first should make, for sleep.pass_loss
+  # with sleep.passes = 1 + steps / r, rounded up; 0 says nothing of passes.
+  pass_steps: int = 0
   # What lies beyond a string's ends: its other end ("periodic") or zeros
   # ("zero"), for which the first bit soon sticks at 1.
   boundary: str = "periodic"
@@ -48,6 +52,7 @@ class Rule110Config:
         ("width", 3 <= self.width <= 62, "use 3..62"),
         ("strings", 1 <= self.strings <= 1000, "use 1..1000"),
         ("steps", 0 <= self.steps <= 100_000, "use 0..100000"),
+        ("pass_steps", 0 <= self.pass_steps <= 100_000, "use 0..100000"),
         ("boundary", self.boundary in BOUNDARIES, f"use one of {BOUNDARIES}"),
         (
           "curriculum",
@@ -118,13 +123,29 @@ class Rule110:
       lanes = lanes << width | strings[uniform * len(strings) >> 64]
     steps = self._steps_of(split, index)
     boundary = self._config.boundary
-    labels = _roll_out(lanes, width, count, steps, boundary)
+
+    def rolled_out(steps):
+      rolled = _roll_out(lanes, width, count, steps, boundary)
+      return f"{rolled:0{width * count}b}"
+
     return Example(
-      context=f"{lanes:0{width * count}b}",
-      questions=(Question(f"{labels:0{width * count}b}"[::width]),),
+      context=rolled_out(0),
+      questions=(Question(rolled_out(steps)[::width]),),
       depth=steps,
       mode="strings",
+      pass_targets=[
+        _rotated(rolled_out(made), width, made)
+        for made in self._made_by_passes(steps)
+      ],
     )
+
+  def _made_by_passes(self, steps: int) -> list[int]:
+    """Updates made after each pass; the first one reads the strings."""
+    each = self._config.pass_steps
+    if not each:
+      return []
+    passes = 1 + math.ceil(self._config.steps / each)
+    return [min(each * n, steps) for n in range(passes)]
 
   def _steps_of(self, split: str, index: int) -> int:
     for examples, steps in self._config.curriculum if split == "train" else ():
@@ -182,6 +203,18 @@ def _roll_out(
       right |= (lanes & first) >> (width - 1)
     lanes = (lanes | right) & ~(left & lanes & right)
   return lanes
+
+
+def _rotated(text: str, width: int, places: int) -> str:
+  """Each string moved to the right, its end coming in at its start.
+
+  By a place for each update: so what a bit becomes hangs only on places up to
+  where it then stands, which attention sees, and on the string's end, which S
+  holds from the pass before.
+  """
+  start = -places % width
+  strings = [text[i : i + width] for i in range(0, len(text), width)]
+  return "".join(string[start:] + string[:start] for string in strings)
 
 
 def _split_strings(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int
@@ -149,8 +150,8 @@ def evaluate(
     predictions.append(prediction.predictions)
     if prediction.slept is not None:
       sleeps.append(prediction.slept)
-  _, targets, mask, _, depth, mode = (
-    np.concatenate(column) for column in zip(*whole, strict=True)
+  _, targets, mask, _, depth, mode, _ = jax.tree.map(
+    lambda *column: np.concatenate(column), *whole
   )
   rows, places = _answers(mask)
   labels = places & ~np.isin(targets, special_ids)[rows]

@@ -109,6 +109,7 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
     tokenizer,
     batch_size=config.data.batch_size,
     seed=config.data.seed,
+    passes=config.sleep.passes if config.sleep.pass_loss else 0,
     process_index=index,
     process_count=processes,
     **layout,

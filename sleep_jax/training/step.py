@@ -36,7 +36,11 @@ def abstract_batch(config: ExperimentConfig) -> Batch:
   ids: Any = jax.ShapeDtypeStruct(rows, jnp.int32)
   mask: Any = jax.ShapeDtypeStruct(rows, jnp.bool_)
   label: Any = jax.ShapeDtypeStruct(rows[:1], jnp.int32)
-  return Batch(ids, ids, mask, mask, label, label)
+  held: Any = None
+  if config.sleep.pass_loss:
+    held = (rows[0], config.sleep.passes, rows[1])
+    held = jax.ShapeDtypeStruct(held, jnp.int32)
+  return Batch(ids, ids, mask, mask, label, label, held)
 
 
 def abstract_state(
@@ -126,8 +130,23 @@ def run(
     batch.valid,
     config.sleep,
     answer_length=config.data.answer_length,
+    pass_targets=batch.pass_targets,
     **options,
   )
+
+
+def total_loss(config: ExperimentConfig, result: Rollout, batch: Batch):
+  """What is differentiated, summed over the batch's masked places.
+
+  With `sleep.pass_loss` a row's mean over places and passes counts as often as
+  its masked places, times that weight.
+  """
+  if result.pass_loss is None:
+    return result.loss_sum
+  held = jnp.sum(batch.pass_targets >= 0, axis=(1, 2))
+  means = result.pass_loss / jnp.maximum(held, 1)
+  answers = jnp.sum(batch.loss_mask, axis=1)
+  return result.loss_sum + config.sleep.pass_loss * jnp.sum(means * answers)
 
 
 def model_flops(
@@ -141,11 +160,11 @@ def model_flops(
 
   portable = model.clone(config=model.config.portable())
 
-  def loss_sum(params, batch):
-    return run(portable, config, params, batch).loss_sum
+  def loss(params, batch):
+    return total_loss(config, run(portable, config, params, batch), batch)
 
   try:
-    return 3 * count_flops(loss_sum, params, batch).products
+    return 3 * count_flops(loss, params, batch).products
   except ValueError as error:
     logging.debug("no model_flops_per_second: %s", error)
     return None
@@ -179,8 +198,9 @@ def make_train_step(
   optimizer, which is that of the whole run, would do.
 
   The loss is the mean cross-entropy (nats) over the batch's masked places,
-  also where the batch is cut into `optimizer.accumulation_steps` parts. The
-  metrics are scalars on the device: loss and share of exact answers, norms of
+  also where the batch is cut into `optimizer.accumulation_steps` parts; the
+  gradient is that of `total_loss` over as many places. The metrics are scalars
+  on the device: loss and share of exact answers, norms of
   the gradient, of the new parameters and of a row's last S (the mean), and
   "bad_leaf": the first leaf, of the gradient and then of the new parameters,
   whose norm is not finite; -1 if all are. With `optimizer.skipped_steps`, also
@@ -191,24 +211,25 @@ def make_train_step(
   def laid_out(tree):
     return constrain_like(tree, config.mesh.rules)
 
-  def loss_sum(params, part, passes):
+  def loss_of(params, part, passes):
     # Where they are known, rows are not asked whether they are done.
     drawn = passes if config.sleep.sampled_passes else None
     result = run(model, config, params, part, passes=drawn)
     right = count_exact(result.predictions, part.targets, part.loss_mask)
     norms = row_norm(result.memory.state, part.inputs.shape[0])
-    return result.loss_sum, (
+    return total_loss(config, result, part), (
+      result.loss_sum,
       right.astype(jnp.int32),
       jnp.sum(norms).astype(result.loss_sum.dtype),
     )
 
   def accumulate(params, batch, passes):
     """Gradients, loss, exact answers and norms of S, summed over the batch."""
-    value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
+    grad = jax.grad(loss_of, has_aux=True)
 
     def add(totals, part):
-      (loss, sums), gradients = value_and_grad(params, part, passes)
-      more = laid_out(gradients), loss, *sums
+      gradients, sums = grad(params, part, passes)
+      more = laid_out(gradients), *sums
       return jax.tree.map(jnp.add, totals, more), None
 
     # Of neighbouring rows, which one device has, each part gets one.
