@@ -295,7 +295,7 @@ def rollout(
     results.append(result)
   with jax.named_scope("wake"):
     last = (*(x[:, split:] for x in arrays), None)
-    memory, (last_loss_sum, output, *_) = one_window(
+    memory, (last_loss_sum, output, _, _) = one_window(
       params, memory, last, 1, 1, config
     )
   loss_sum, predictions, slept = last_loss_sum, [output], None

@@ -285,7 +285,9 @@ def _row_maker(
       source = example.source or f"example {index} of {split!r}"
       raise ValueError(f"{source}: {error}") from error
     mode = modes.index(example.mode)
-    return Batch(*arrays, *np.array([example.depth, mode], np.int32), held)
+    return Batch(
+      *arrays, *np.array([example.depth, mode], np.int32), pass_targets=held
+    )
 
   return make_row
 

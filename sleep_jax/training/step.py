@@ -141,10 +141,10 @@ def total_loss(config: ExperimentConfig, result: Rollout, batch: Batch):
   With `sleep.pass_loss` a row's mean over places and passes counts as often as
   its masked places, times that weight.
   """
-  if result.pass_loss is None:
+  targets, pass_loss = batch.pass_targets, result.pass_loss
+  if targets is None or pass_loss is None:
     return result.loss_sum
-  held = jnp.sum(batch.pass_targets >= 0, axis=(1, 2))
-  means = result.pass_loss / jnp.maximum(held, 1)
+  means = pass_loss / jnp.maximum(jnp.sum(targets >= 0, axis=(1, 2)), 1)
   answers = jnp.sum(batch.loss_mask, axis=1)
   return result.loss_sum + config.sleep.pass_loss * jnp.sum(means * answers)
 
