@@ -4,8 +4,8 @@
 
 The edges of a cycle of named nodes are read in random order, at the larger
 sizes torn over several windows, and evicted; then it is asked which node is k
-hops on from another (paper, section 6). `eval/hops_K/loss` and `accuracy` are those of questions of
-k hops alone, over cycles of full length. Sizes:
+hops on from another (paper, section 6). `eval/hops_K/loss` and `accuracy` are
+those of questions of k hops alone, over cycles of full length. Sizes:
   pocket (default): 12 nodes, up to 8 hops (4 the other way round), 1 window;
     minutes on 2 CPU cores.
   tiny: under a minute, for tests; learns nothing much.

@@ -45,6 +45,7 @@ def test_sizes_that_are_not_there():
     ("sleep.evaluation_passes", (2, 2), r"passes = \(2, 2\): .*different"),
     ("sleep.kept_pass", "middle", r"kept_pass = 'middle': one of"),
     ("sleep.tolerance", -0.1, r"tolerance = -0.1: must be at least 0"),
+    ("sleep.pass_loss", -0.5, r"pass_loss = -0.5: must be at least 0"),
     ("sleep.tolerance", float("nan"), r"tolerance = nan"),
     ("sleep.evaluation_passes", (1, 0), r"passes = \(1, 0\): .*\(1, 2, 4\)"),
     ("sleep.looped_groups", (1, 1), r"groups = \(1, 1\): .*one after the last"),
@@ -122,6 +123,20 @@ def test_all_violations_come_in_one_error():
     from_config_dict(config)
   assert "sleep.passes" in str(error.value)
   assert "model.width" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "others",
+  [
+    {"sampled_passes": True},
+    {"gradient_passes": 1},
+    {"eviction": "none", "passes": 1},
+  ],
+)
+def test_a_loss_of_each_pass_is_for_all_passes(others):
+  sleep = SleepConfig(pass_loss=1.0, passes=2)
+  with pytest.raises(ValueError, match=r"pass_loss = 1.0: is for all N passes"):
+    ExperimentConfig(sleep=dataclasses.replace(sleep, **others))
 
 
 def test_a_whole_number_serves_as_any_number():

@@ -15,7 +15,7 @@ from sleep_jax.config import (
 )
 from sleep_jax.data.pipeline import Batch
 from sleep_jax.model.hybrid_lm import HybridLM
-from sleep_jax.training import optimizers
+from sleep_jax.training import optimizers, step
 from sleep_jax.training.evaluate import evaluate, greedy_decode
 from sleep_jax.training.step import (
   Prediction,
@@ -24,6 +24,7 @@ from sleep_jax.training.step import (
   init_params,
   make_predict,
   make_train_step,
+  total_loss,
 )
 
 CONFIG = ExperimentConfig(
@@ -165,6 +166,38 @@ def test_a_batch_in_parts_is_one_batch():
   np.testing.assert_allclose(
     many_metrics["accuracy"], np.mean(list(exact.values()))
   )
+
+
+def test_the_loss_of_passes_is_a_mean_by_rows_and_parts_change_nothing():
+  """Rows count as often as they have masked places, whatever they hold."""
+  sleep = dataclasses.replace(CONFIG.sleep, pass_loss=0.5)
+  config = dataclasses.replace(CONFIG, sleep=sleep)
+  model = HybridLM(CONFIG.model, VOCABULARY)
+  params, batch = init_params(model, 0), make_batch(6)
+  rng = np.random.default_rng(3)
+  held = np.full((6, 2, 8), -1, np.int32)
+  for row in range(6):  # of 1 to 4 places each
+    places = slice(3 - row % 4, 4)
+    held[row, :, places] = rng.integers(0, VOCABULARY, (2, 1 + row % 4))
+  batch = batch._replace(pass_targets=held)
+
+  @jax.jit
+  def losses(batch):
+    result = step.run(model, config, params, batch)
+    return total_loss(config, result, batch), result
+
+  total, result = losses(batch)
+  expected = float(result.loss_sum)
+  for row, pass_loss in enumerate(result.pass_loss):
+    mean = pass_loss / (2 * (1 + row % 4))
+    expected += 0.5 * mean * batch.loss_mask[row].sum()
+  assert expected > float(result.loss_sum) + 1
+  np.testing.assert_allclose(total, expected, rtol=1e-5)
+  parts = [jax.tree.map(lambda x, i=i: x[i : i + 2], batch) for i in (0, 2, 4)]
+  totals = [losses(part)[0] for part in parts]
+  np.testing.assert_allclose(sum(totals), expected, rtol=1e-5)
+  without = batch._replace(pass_targets=None)
+  assert total_loss(config, result, without) == result.loss_sum
 
 
 def test_greedy_decoding_agrees_with_the_judgement(trained):
