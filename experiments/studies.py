@@ -125,8 +125,15 @@ def read_run(folder: str | os.PathLike) -> Run:
     results = json.loads((folder / "results.json").read_text())
     # Also for what it says of a section or of the task.
     from_config_dict(config)
-    if not (isinstance(results, dict) and results):
-      raise ValueError("results.json holds no split: judge the run again")
+    if not (
+      isinstance(results, dict)
+      and results
+      and all(map(_is_split, results.values()))
+    ):
+      raise ValueError(
+        "results.json does not hold splits as judging writes them: judge the "
+        "run again"
+      )
     surroundings = folder / "surroundings.json"
     found = json.loads(
       surroundings.read_text() if surroundings.exists() else "{}"
@@ -136,6 +143,15 @@ def read_run(folder: str | os.PathLike) -> Run:
     raise ValueError(f"{folder} has no {Path(error.filename).name}") from error
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from error
+
+
+def _is_split(split: Any) -> bool:
+  if not (isinstance(split, dict) and isinstance(split.get("depth"), dict)):
+    return False
+  return all(
+    isinstance(scores, dict) and {"accuracy", "floor"} <= scores.keys()
+    for scores in (split.get("overall"), *split["depth"].values())
+  )
 
 
 def read_study(folder: str | os.PathLike) -> list[Run]:

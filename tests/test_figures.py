@@ -273,9 +273,17 @@ def test_a_study_is_drawn(drawn, study, tmp_path):
 def test_what_is_no_study_is_refused(study, tmp_path):
   with pytest.raises(ValueError, match="no folder in it has a results.json"):
     figures.draw_folder(tmp_path / "nowhere", tmp_path)
-  (study / "012/results.json").write_text("{}")
-  with pytest.raises(ValueError, match="012: results.json holds no split"):
-    figures.draw_folder(study, tmp_path)
+  for odd in (
+    "{}",
+    "[1]",
+    '{"heldout": 5}',
+    '{"heldout": {"overall": {"accuracy": 1, "floor": 0}}}',
+    '{"heldout": {"overall": {"accuracy": 1}, "depth": {}}}',
+    '{"heldout": {"overall": {"accuracy": 1, "floor": 0}, "depth": {"4": 1}}}',
+  ):
+    (study / "012/results.json").write_text(odd)
+    with pytest.raises(ValueError, match="012: results.json does not hold spl"):
+      figures.draw_folder(study, tmp_path)
   (study / "000/config.json").write_text('{"task": 5}')
   with pytest.raises(ValueError, match="000: bad config"):
     figures.draw_folder(study, tmp_path)
