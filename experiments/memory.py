@@ -44,6 +44,11 @@ def main(_):
         "sleep.eviction = 'none' has one window and one pass: set it to "
         "'hard' or 'sliding'"
       )
+    if config.sleep.pass_loss:
+      raise ValueError(
+        f"sleep.pass_loss = {config.sleep.pass_loss}: what is measured here is "
+        "the loss of answers; set it to 0"
+      )
     passes, windows = (
       [_count(name, value) for value in given[name].value]
       for name in ("passes", "windows")

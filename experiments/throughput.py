@@ -58,7 +58,11 @@ def cells(config, windows, passes) -> list[dict[str, Any]]:
     changed = dataclasses.replace(
       config,
       sleep=dataclasses.replace(
-        config.sleep, window_length=window, passes=n, sampled_passes=False
+        config.sleep,
+        window_length=window,
+        passes=n,
+        sampled_passes=False,
+        pass_loss=0.0,
       ),
       data=dataclasses.replace(
         config.data,

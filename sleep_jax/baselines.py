@@ -10,7 +10,8 @@ given config's.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +63,12 @@ def training_flops(config: ExperimentConfig) -> int:
   return config.run.steps * train_step_flops(config, size).total
 
 
+_ONE_PASS: Mapping[str, Any] = dict(passes=1, pass_loss=0.0)
+
+
 def hybrid(config: ExperimentConfig) -> ExperimentConfig:
   """The same model with one pass over each window: N = 1."""
-  return _replace(config, sleep=dict(passes=1))
+  return _replace(config, sleep=_ONE_PASS)
 
 
 def transformer(config: ExperimentConfig) -> ExperimentConfig:
@@ -83,7 +87,7 @@ def transformer(config: ExperimentConfig) -> ExperimentConfig:
     )
     for kinds, repeats in config.model.pattern
   )
-  return _replace(config, model=dict(pattern=pattern), sleep=dict(passes=1))
+  return _replace(config, model=dict(pattern=pattern), sleep=_ONE_PASS)
 
 
 def full_cache(config: ExperimentConfig) -> ExperimentConfig:

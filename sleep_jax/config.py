@@ -570,11 +570,12 @@ class ExperimentConfig:
     ):
       yield from section.violations()
     length, window = self.data.length, self.sleep.window_length
-    if self.data.align_answer and length <= window:
+    alone = self.data.align_answer or self.sleep.pass_loss
+    if alone and length <= window:
       yield (
-        f"data.length = {length}: with data.align_answer at least one whole "
-        f"window of sleep.window_length = {window} must fit before the "
-        f"answer; set data.length above {window}"
+        f"data.length = {length}: with data.align_answer or sleep.pass_loss at "
+        f"least one whole window of sleep.window_length = {window} must fit "
+        f"before the answer; set data.length above {window}"
       )
     looped, groups = self.sleep.looped_groups, len(self.model.pattern)
     if looped and _whole_numbers(looped, 0) and looped[-1] > groups:

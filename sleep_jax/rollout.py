@@ -213,9 +213,9 @@ def rollout(
       nats = -jnp.take_along_axis(log_probabilities, said, -1)[..., 0]
       return total + jnp.sum(nats * (targets >= 0), axis=1), None
 
-    none = jnp.zeros(batch, each.dtype)
+    judge_pass = jax.checkpoint(judge_pass, prevent_cse=False)
     passes = each, jnp.moveaxis(targets, 1, 0)
-    return jax.lax.scan(judge_pass, none, passes)[0]
+    return jax.lax.scan(judge_pass, jnp.zeros(batch, dtype), passes)[0]
 
   def one_window(params, memory, window, passes, most_passes, config):
     inputs, targets, mask, valid, held = window

@@ -110,6 +110,13 @@ def test_the_unmatched_baselines():
     assert baseline(name).sleep.passes == 1
 
 
+def test_a_loss_of_passes_goes_with_the_passes():
+  sleep = dataclasses.replace(TINY.sleep, pass_loss=1.0)
+  told = dataclasses.replace(TINY, sleep=sleep)
+  for name in ("hybrid", "transformer", "full_cache"):
+    assert BASELINES[name](told) == baseline(name)
+
+
 def test_a_model_without_sleep_matches_itself():
   once = BASELINES["hybrid"](QUICK)
   for name in MATCHED:

@@ -403,6 +403,17 @@ def test_what_is_written_is_right(tmp_path, monkeypatch, capsys):
   assert run(monkeypatch, "write", path, *options, "--split=hops_2") == 0
   assert run(monkeypatch, "check", path) == 0
   assert capsys.readouterr().out.endswith("20 right, 0 wrong\n")
+  for option, separators in (("--separator", 18), ("--no-separator", 0)):
+    one = "--count=1", "--nodes=18", "--split=hops_1", option
+    assert run(monkeypatch, "write", path, *one) == 0
+    ((_, fields),) = read_records(path)
+    assert fields["ids"].count(9700) == separators
+    assert fields["params"]["separator"] is (separators > 0)
+    check(fields)
+  fields["params"]["separator"] = "false"
+  path.write_text(json.dumps(fields))
+  with pytest.raises(ValueError, match="'separator' is neither true nor"):
+    list(read_records(path))
   assert run(monkeypatch, "write", path, "--nodes=2") == 2
   assert run(monkeypatch, "write", path, "--split=hops_3") == 2
   assert run(monkeypatch, "check", tmp_path / "none.jsonl") == 2

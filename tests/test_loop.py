@@ -263,6 +263,19 @@ def test_passes_that_training_never_used_are_judged(finished, tmp_path):
   assert patient["sleep"]["passes"] == 1
 
 
+def test_a_loss_of_passes_needs_a_task_that_says_what_they_hold(tmp_path):
+  sleep = dataclasses.replace(CONFIG.sleep, pass_loss=1.0)
+  config = dataclasses.replace(CONFIG, sleep=sleep)
+  with pytest.raises(
+    ValueError, match="'train': nothing is said of what passes"
+  ):
+    loop.train(config, tmp_path / "none")
+  task = dataclasses.replace(CONFIG.task, pass_steps=2)
+  with pytest.raises(ValueError, match="3 passes .* = 2: set that to 3"):
+    loop.train(dataclasses.replace(config, task=task), tmp_path / "other")
+  assert not list(tmp_path.iterdir())
+
+
 def test_sampled_passes_are_drawn_anew_and_reproducibly():
   config = dataclasses.replace(
     CONFIG,

@@ -192,10 +192,28 @@ def test_what_passes_should_hold_stands_at_the_context():
   assert next(train(Passes())).pass_targets is None
 
 
-@pytest.mark.parametrize(("passes", "texts"), [(3, 2), (1, 2), (2, 0)])
-def test_another_number_of_passes_is_refused_with_the_fix(passes, texts):
-  with pytest.raises(ValueError, match=f"what {texts} passes .* = {passes}:"):
+@pytest.mark.parametrize(
+  ("passes", "texts", "reason"),
+  [
+    (3, 2, "what 2 passes .* sleep.passes = 3: set that to 2"),
+    (1, 2, "what 2 passes .* sleep.passes = 1: set that to 2"),
+    (2, 0, "nothing is said .*: set sleep.pass_loss to 0"),
+  ],
+)
+def test_what_does_not_fit_the_passes_is_refused(passes, texts, reason):
+  with pytest.raises(ValueError, match=reason):
     train(Passes(texts=texts), passes=passes)
+
+
+def test_what_a_pass_holds_is_as_long_as_the_context():
+  class Longer(Passes):
+    def example(self, split, index):
+      return dataclasses.replace(
+        super().example(split, index), pass_targets=["0123", "012"]
+      )
+
+  with pytest.raises(ValueError, match="is 4 tokens, and the context 3"):
+    train(Longer(), passes=2)
 
 
 def test_row_r_of_batch_s_is_example_s_times_batch_size_plus_r():
@@ -211,7 +229,9 @@ def test_row_r_of_batch_s_is_example_s_times_batch_size_plus_r():
       assert batch.targets[row].tolist() == [PAD] * 4 + [digits[-1], END]
     assert batch.loss_mask.tolist() == [[False] * 4 + [True] * 2] * 4
     assert batch.valid.tolist() == [[False] + [True] * 5] * 4
-  dtypes = [x.dtype.name for x in batch]
+  *arrays, held = batch
+  assert held is None
+  dtypes = [x.dtype.name for x in arrays]
   assert dtypes == ["int32", "int32", "bool", "bool", "int32", "int32"]
 
 

@@ -102,7 +102,7 @@ def run(model, params, arrays, sleep, held=None):
 def make_held(passes):
   """(pass_targets [B, N, T], the same of each row as `naive.loss_sum` wants).
 
-  Every place of a window slept on but each row's third of a window.
+  Of windows slept on the first two places; the third is left open.
   """
   rng = np.random.default_rng(5)
   held = np.full((len(ROWS), passes, 3 * WINDOW), -1, np.int32)
@@ -395,6 +395,21 @@ def test_bfloat16_computes_low_and_keeps_state_and_gradients_high():
   np.testing.assert_allclose(low, high, rtol=0.02)
   for leaf in jax.tree.leaves((state, gradients)):
     assert leaf.dtype == np.float32
+
+
+def test_the_loss_of_passes_is_float32_whatever_computes():
+  held, _ = make_held(2)
+  config = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+  model = HybridLM(config, VOCABULARY)
+  _, params = make(dataclasses.replace(SMALL, compute_dtype="float32"))
+  result = jax.eval_shape(
+    lambda p: run(
+      model, p, make_rows()[0], sleep_config(2, pass_loss=1.0), held
+    ),
+    params,
+  )
+  assert result.pass_loss.dtype == jnp.float32
+  assert result.pass_loss.shape == (len(ROWS),)
 
 
 def test_each_row_gets_what_it_would_get_alone():

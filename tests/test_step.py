@@ -124,8 +124,11 @@ def test_a_batch_in_parts_is_one_batch():
   model = HybridLM(CONFIG.model, VOCABULARY)
   params, batch = init_params(model, 0), make_prompted_batch(6)
   results, batch = [], jax.tree.map(lambda x: x[[0, 3, 1, 4, 2, 5]], batch)
-  sleep = dataclasses.replace(CONFIG.sleep, window_length=8)
+  sleep = dataclasses.replace(CONFIG.sleep, window_length=8, pass_loss=0.5)
   prompted = dataclasses.replace(CONFIG, sleep=sleep)
+  held = np.full((6, 2, 16), -1, np.int32)
+  held[:, :, 6:8] = np.arange(24).reshape(6, 2, 2) % VOCABULARY
+  batch = batch._replace(pass_targets=held)
   for parts in (1, 3):
     config = dataclasses.replace(
       prompted,
@@ -156,6 +159,17 @@ def test_a_batch_in_parts_is_one_batch():
       np.testing.assert_allclose(x, y, atol=2e-4)
       compared += 1
   assert compared == 17
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    result = step.run(model, prompted, params, batch)
+    return total_loss(prompted, result, batch) / batch.loss_mask.sum()
+
+  squares = [float((x**2).sum()) for x in jax.tree.leaves(gradient(params))]
+  np.testing.assert_allclose(
+    one_metrics["grad_norm"], sum(squares) ** 0.5, rtol=1e-5
+  )
   # The loss is the mean over all masked places, which no part has equally many
   # of; the accuracy is that of answers.
   loss, predictions, _ = predict_at_n(model, prompted)(params, batch)

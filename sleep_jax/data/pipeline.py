@@ -307,12 +307,23 @@ def _lay_out_passes(
   Raises:
     ValueError: there is not one text for each pass, as long as the context.
   """
-  if [len(text) for text in texts] != [context_length] * passes:
+  if not texts:
     raise ValueError(
-      f"says what {len(texts)} passes should hold, of {context_length} places "
-      f"each, and sleep.passes = {passes}: for sleep.pass_loss these must "
-      "agree (for Rule 110, sleep.passes = 1 + task.steps / task.pass_steps)"
+      "nothing is said of what passes should hold: set sleep.pass_loss to 0, "
+      "or use a task that says it (for Rule 110, set task.pass_steps)"
     )
+  if len(texts) != passes:
+    raise ValueError(
+      f"it is said what {len(texts)} passes should hold, and sleep.passes = "
+      f"{passes}: set that to {len(texts)}, or sleep.pass_loss to 0"
+    )
+  for text in texts:
+    if len(text) != context_length:
+      raise ValueError(
+        f"what a pass should hold is {len(text)} tokens, and the context "
+        f"{context_length}: sleep.pass_loss needs a tokenizer that makes as "
+        "many of both, as data.tokenizer = 'words' does"
+      )
   held = np.full((passes, length), -1, np.int32)
   start = int(valid.argmax())
   held[:, start : start + context_length] = texts

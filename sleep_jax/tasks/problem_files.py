@@ -68,7 +68,12 @@ def add_options(
   command.add_argument("--seed", type=int, default=0)
   for name in names:
     default = getattr(config_class, name)
-    command.add_argument(f"--{name}", type=_reader(default), default=default)
+    if isinstance(default, bool):
+      command.add_argument(
+        f"--{name}", action=argparse.BooleanOptionalAction, default=default
+      )
+    else:
+      command.add_argument(f"--{name}", type=_reader(default), default=default)
 
 
 def config_of(arguments: argparse.Namespace, config_class: Any) -> Any:

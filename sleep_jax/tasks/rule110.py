@@ -123,29 +123,30 @@ class Rule110:
       lanes = lanes << width | strings[uniform * len(strings) >> 64]
     steps = self._steps_of(split, index)
     boundary = self._config.boundary
-
-    def rolled_out(steps):
-      rolled = _roll_out(lanes, width, count, steps, boundary)
-      return f"{rolled:0{width * count}b}"
-
+    labels = _roll_out(lanes, width, count, steps, boundary)
     return Example(
-      context=rolled_out(0),
-      questions=(Question(rolled_out(steps)[::width]),),
+      context=f"{lanes:0{width * count}b}",
+      questions=(Question(f"{labels:0{width * count}b}"[::width]),),
       depth=steps,
       mode="strings",
-      pass_targets=[
-        _rotated(rolled_out(made), width, made)
-        for made in self._made_by_passes(steps)
-      ],
+      pass_targets=self._pass_targets(lanes, steps),
     )
 
-  def _made_by_passes(self, steps: int) -> list[int]:
-    """Updates made after each pass; the first one reads the strings."""
-    each = self._config.pass_steps
-    if not each:
+  def _pass_targets(self, lanes: int, steps: int) -> list[str]:
+    """The strings after each pass, moved on; the first pass only reads."""
+    config = self._config
+    if not config.pass_steps:
       return []
-    passes = 1 + math.ceil(self._config.steps / each)
-    return [min(each * n, steps) for n in range(passes)]
+    shape = config.width, config.strings
+    made, texts = 0, []
+    for n in range(1 + math.ceil(config.steps / config.pass_steps)):
+      more = min(n * config.pass_steps, steps) - made
+      lanes = _roll_out(lanes, *shape, more, config.boundary)
+      made += more
+      texts.append(
+        _rotated(f"{lanes:0{math.prod(shape)}b}", config.width, made)
+      )
+    return texts
 
   def _steps_of(self, split: str, index: int) -> int:
     for examples, steps in self._config.curriculum if split == "train" else ():
@@ -210,7 +211,7 @@ def _rotated(text: str, width: int, places: int) -> str:
 
   By a place for each update: so what a bit becomes hangs only on places up to
   where it then stands, which attention sees, and on the string's end, which S
-  holds from the pass before.
+  holds from the pass before, where a window holds the whole string.
   """
   start = -places % width
   strings = [text[i : i + width] for i in range(0, len(text), width)]

@@ -59,6 +59,8 @@ def _check_types(fields: Any) -> None:
   for name, default in _DEFAULTS.items():
     if type(fields["params"].setdefault(name, default)) is not int:
       raise ValueError(f"params: {name!r} is no integer")
+  if type(fields["params"].setdefault("separator", False)) is not bool:
+    raise ValueError("params: 'separator' is neither true nor false")
   queries = fields.get("queries")
   if not isinstance(queries, list) or not all(
     isinstance(query, dict) for query in queries
@@ -83,7 +85,7 @@ def check(record: dict) -> None:
   _equal("ids[0], the bos", ids[0] if ids else None, record["bos"])
   names, place = [], 1
   while place < len(ids) and not _HOPS < ids[place] < _MARKER:
-    if params.get("separator") and len(names) % 2 == 0:
+    if params["separator"] and len(names) % 2 == 0:
       if ids[place] != _SEPARATOR:
         raise Wrong(f"token {place}: no separator before an edge")
       place += 1
