@@ -6,8 +6,6 @@ Strings of bits are read, one window each, and evicted; then the first bit of
 each after t steps of Rule 110 is asked (paper, section 5). Sizes:
   pocket (default): 2 strings of 16 bits, t = 4, strings held out; minutes on
     2 CPU cores.
-  deep: t = 15 of the same strings by a loss of each pass (`sleep.pass_loss`),
-    with which a pass learns three updates and N = 6 all of them.
   tiny: under a minute, for tests; learns nothing much.
   paper: 4 strings of 24 bits, t = 32, d = 256, 4 layers; for an accelerator.
 A comma adds a baseline of `sleep_jax/baselines.py`: `:pocket,deeper`.
@@ -39,28 +37,6 @@ def pocket() -> ExperimentConfig:
     optimizer=sizes.POCKET_OPTIMIZER,
     run=RunConfig(
       steps=500, evaluate_every=100, checkpoint_every=250, log_every=20
-    ),
-  )
-
-
-def deep() -> ExperimentConfig:
-  """pocket's model and strings at t = 15, every pass told what to hold.
-
-  15 is the width less one: what was moved on by a place with every update has
-  its first bit at the last place then, the one that S has read last.
-  """
-  config = pocket()
-  return dataclasses.replace(
-    config,
-    task=dataclasses.replace(config.task, steps=15, pass_steps=3),
-    sleep=dataclasses.replace(config.sleep, passes=6, pass_loss=1.0),
-    data=dataclasses.replace(config.data, batch_size=32),
-    run=dataclasses.replace(
-      config.run,
-      steps=6000,
-      evaluate_every=500,
-      checkpoint_every=500,
-      log_every=100,
     ),
   )
 
@@ -97,7 +73,7 @@ def paper() -> ExperimentConfig:
   )
 
 
-SIZES = {"pocket": pocket, "deep": deep, "tiny": tiny, "paper": paper}
+SIZES = {"pocket": pocket, "tiny": tiny, "paper": paper}
 
 
 def get_config(selection: str = "pocket"):

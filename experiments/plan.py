@@ -122,6 +122,18 @@ _RECIPES: Mapping[str, Mapping[str, Any]] = {
   "sampled_passes": {"sleep.sampled_passes": True},
   "beta_to_two": {"model.beta_range": 2.0},
 }
+# Of rows as many as of pocket's in 1,500 steps.
+_HELD = {
+  "task.steps": 15,
+  "sleep.passes": 6,
+  "data.batch_size": 32,
+  "run.steps": 6000,
+  "run.evaluate_every": 500,
+}
+_TOLD: Mapping[str, Mapping[str, Any]] = {
+  "plain": {},
+  "pass_loss": {"task.pass_steps": 3, "sleep.pass_loss": 1.0},
+}
 _TOLERANCES = "sleep.tolerance=0.0,0.01,0.03,0.1,0.3"
 _TRAINED_FOR = {"fixed": False, "sampled": True}
 
@@ -158,6 +170,16 @@ STUDIES: Sequence[Study] = (
         _DEEP | overrides,
       )
       for name, overrides in _RECIPES.items()
+    ],
+  ),
+  Study(
+    "Rule 110, deeper: what each pass is to hold",
+    "rule110-held",
+    "t = 15 with N = 6: alone (plain), or with a loss of each pass, which is"
+    " told to make three updates (pass_loss).",
+    [
+      Sweep(f"rule110-held/{name}", "automaton.py", [_SEEDS], _HELD | overrides)
+      for name, overrides in _TOLD.items()
     ],
   ),
   Study(
@@ -523,6 +545,17 @@ CLAIMS: Sequence[Claim] = (
         "rule110-deep, depth 6: curriculum over plain",
         Cell("rule110-deep/curriculum", 6),
         Cell("rule110-deep/plain", 6),
+      )
+    ],
+  ),
+  Claim(
+    "A loss of each pass reaches t that answers alone do not teach",
+    _OURS,
+    [
+      _between(
+        "rule110-held, depth 15: pass_loss over plain",
+        Cell("rule110-held/pass_loss", 15),
+        Cell("rule110-held/plain", 15),
       )
     ],
   ),
