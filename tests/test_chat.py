@@ -17,7 +17,7 @@ from sleep_jax.data.source import task_and_tokenizer
 from sleep_jax.model.hybrid_lm import HybridLM
 from sleep_jax.pretrained import convert
 from sleep_jax.tasks import make_task
-from sleep_jax.tasks.depo import DepoConfig
+from sleep_jax.tasks.depo import Depo, DepoConfig
 from sleep_jax.training.evaluate import greedy_decode
 from sleep_jax.training.step import init_params, make_predict
 from tests import hf_folders
@@ -201,17 +201,23 @@ def test_it_writes_what_evaluation_scores(variant, seed, settings):
 @pytest.mark.slow
 def test_it_talks_to_a_converted_model(tmp_path):
   """Random weights, but the model's own tokenizer: text in, sleep, text out."""
-  words = ["?", "bear", "barn", "=", "8", "."]
+  # Of a task whose examples these few words can say, too.
+  task = DepoConfig(
+    nodes=3, hops=1, queries=1, name_length=(1, 1), mini_vocab=3
+  )
+  words = ["?", "bear", "barn", "=", "8", ".", *Depo(task, 0).vocabulary]
   folder = write(tmp_path / "hf")
   hf_folders.write_tokenizer(folder / "tokenizer.json", words)
   config = with_jet_layers(loops=1)
   config = dataclasses.replace(
-    config, sleep=dataclasses.replace(config.sleep, window_length=8)
+    config,
+    task=task,
+    sleep=dataclasses.replace(config.sleep, window_length=8),
   )
   convert.convert(folder, tmp_path / "w", config)
-  config, model, params, tokenizer = chat.load_run(tmp_path / "w")
-  assert tokenizer.vocab_size == 6 + 3 and model.vocabulary_size == 61
-  session = chat.Chat(config, model, params, tokenizer, max_tokens=4)
+  config, model, params, tokenizer, example = chat.load_run(tmp_path / "w")
+  assert tokenizer.vocab_size == 6 + 7 + 3 and model.vocabulary_size == 61
+  session = chat.Chat(config, model, params, tokenizer, example, max_tokens=4)
   assert session.run("bear barn = 8 .") == [
     "window 5/8, 5 tokens read, 0 sleeps"
   ]
