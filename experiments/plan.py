@@ -181,6 +181,10 @@ STUDIES: Sequence[Study] = (
       Sweep(f"rule110-held/{name}", "automaton.py", [_SEEDS], _HELD | overrides)
       for name, overrides in _TOLD.items()
     ],
+    notes="With a loss of each pass (seed 0) the second string's label is"
+    " right on 0.959 of 1,024 held-out examples and the first one's on 0.574,"
+    " of which a constant gets 0.56: what S held of the first string does not"
+    " outlast the sleep over the second.",
   ),
   Study(
     "Depo: hops and passes N",
