@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -52,6 +53,10 @@ def train(task, **overrides):
 def assert_equal(batch, other):
   for x, y in zip(batch, other, strict=True):
     np.testing.assert_array_equal(x, y)
+
+
+def joined(*batches):
+  return jax.tree.map(lambda *x: np.concatenate(x), *batches)
 
 
 def test_aligned_answers_start_a_window():
@@ -241,11 +246,7 @@ def test_processes_share_the_same_global_batch(finite_size):
   whole = train(task)
   parts = [train(task, process_index=i, process_count=2) for i in range(2)]
   for _ in range(6):
-    shared = [
-      np.concatenate(x)
-      for x in zip(*(next(part) for part in parts), strict=True)
-    ]
-    assert_equal(next(whole), shared)
+    assert_equal(next(whole), joined(*map(next, parts)))
 
 
 @pytest.mark.parametrize("finite_size", [None, 7])
@@ -303,7 +304,7 @@ def test_processes_share_the_eval_batches():
   parts = [batches(process_index=i, process_count=2) for i in range(2)]
   count = 0
   for batch, *shared in zip(batches(), *parts, strict=True):
-    assert_equal(batch, map(np.concatenate, zip(*shared, strict=True)))
+    assert_equal(batch, joined(*shared))
     count += 1
   assert count == 3
 
