@@ -6,6 +6,8 @@ Strings of bits are read, one window each, and evicted; then the first bit of
 each after t steps of Rule 110 is asked (paper, section 5). Sizes:
   pocket (default): 2 strings of 16 bits, t = 4, strings held out; minutes on
     2 CPU cores.
+  deep: the same at t = 8, which the answers alone do not teach in as many
+    tokens: each pass is told to make two updates, and t and N grow together.
   tiny: under a minute, for tests; learns nothing much.
   paper: 4 strings of 24 bits, t = 32, d = 256, 4 layers; for an accelerator.
 A comma adds a baseline of `sleep_jax/baselines.py`: `:pocket,deeper`.
@@ -41,6 +43,23 @@ def pocket() -> ExperimentConfig:
   )
 
 
+def deep() -> ExperimentConfig:
+  """t = 8 with N = 5, by way of t = 4 with N = 3 and t = 6 with N = 4.
+
+  As many examples as of pocket; smaller batches, as every place is a target.
+  """
+  config = pocket()
+  return dataclasses.replace(
+    config,
+    task=dataclasses.replace(
+      config.task, steps=8, pass_steps=2, curriculum=((19_200, 4), (9600, 6))
+    ),
+    sleep=dataclasses.replace(config.sleep, passes=5, pass_loss=1.0),
+    data=dataclasses.replace(config.data, batch_size=32),
+    run=dataclasses.replace(config.run, steps=2000, evaluate_every=200),
+  )
+
+
 def tiny() -> ExperimentConfig:
   """Everything that pocket does, in seconds."""
   config = pocket()
@@ -73,7 +92,7 @@ def paper() -> ExperimentConfig:
   )
 
 
-SIZES = {"pocket": pocket, "tiny": tiny, "paper": paper}
+SIZES = {"pocket": pocket, "deep": deep, "tiny": tiny, "paper": paper}
 
 
 def get_config(selection: str = "pocket"):

@@ -173,6 +173,7 @@ def rollout(
       window get no logits.
     pass_targets: what the head is to read in h after each pass [B, N, T], -1
       where that is left open, as where a row is awake; with `sleep.pass_loss`.
+      A row sleeps from the first pass of which it says something.
   """
   most_passes = most_passes or sleep_config.passes
   passes = most_passes if passes is None else passes
@@ -253,6 +254,9 @@ def rollout(
 
   if pass_targets is None:
     sleep_config = dataclasses.replace(sleep_config, pass_loss=0.0)
+  else:
+    told = jnp.any(pass_targets >= 0, axis=2)
+    passes = most_passes - jnp.argmax(told, axis=1)
   if sleep_config.eviction == "none":
     window_length = length
     config = dataclasses.replace(sleep_config, window_length=length)

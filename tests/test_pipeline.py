@@ -197,6 +197,32 @@ def test_what_passes_should_hold_stands_at_the_context():
   assert next(train(Passes())).pass_targets is None
 
 
+def test_passes_that_a_row_does_not_take_are_left_open():
+  class Fewer(Passes):
+    def example(self, split, index):
+      example = super().example(split, index)
+      first, second = example.pass_targets
+      texts = [first, second] if index % 2 else ["", second]
+      return dataclasses.replace(example, pass_targets=texts)
+
+  every = next(train(Passes(), passes=2)).pass_targets
+  some = next(train(Fewer(), passes=2)).pass_targets
+  assert (some[::2, 0] == -1).all() and (every[::2, 0] > -1).any()
+  assert (some[:, 1] == every[:, 1]).all() and (some[1::2] == every[1::2]).all()
+
+
+@pytest.mark.parametrize("texts", [["012", ""], ["", ""]])
+def test_passes_that_a_row_does_not_take_come_first(texts):
+  class Odd(Passes):
+    def example(self, split, index):
+      return dataclasses.replace(
+        super().example(split, index), pass_targets=texts
+      )
+
+  with pytest.raises(ValueError, match="does not take comes before"):
+    train(Odd(), passes=2)
+
+
 @pytest.mark.parametrize(
   ("passes", "texts", "reason"),
   [

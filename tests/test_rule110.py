@@ -122,7 +122,10 @@ def test_training_begins_with_the_curriculum():
 
 @pytest.mark.parametrize("boundary", ["periodic", "zero"])
 def test_each_pass_should_make_its_updates_and_move_them(boundary):
-  """Place i holds bit i - m of the string after m updates, m = 0, 3, 6, 7."""
+  """Place i holds bit i - m of the string after m updates, m = 0, 3, 6, 7.
+
+  An easier example takes the last of the passes, as many as it needs.
+  """
   task = Rule110(
     Rule110Config(
       width=5,
@@ -134,10 +137,12 @@ def test_each_pass_should_make_its_updates_and_move_them(boundary):
     ),
     seed=0,
   )
-  for index, made in ((0, (0, 2, 2, 2)), (1, (0, 3, 6, 7))):
+  for index, made in ((0, (0, 2)), (1, (0, 3, 6, 7))):
     example = task.example("train", index)
-    assert len(example.pass_targets) == 4
-    for steps, text in zip(made, example.pass_targets, strict=True):
+    not_taken = [""] * (4 - len(made))
+    assert example.pass_targets[: len(not_taken)] == not_taken
+    taken = example.pass_targets[len(not_taken) :]
+    for steps, text in zip(made, taken, strict=True):
       for start in (0, 5):
         string = example.context[start : start + 5]
         after = roll_out_by_table(string, steps, boundary)

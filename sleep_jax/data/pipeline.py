@@ -317,7 +317,14 @@ def _lay_out_passes(
       f"it is said what {len(texts)} passes should hold, and sleep.passes = "
       f"{passes}: set that to {len(texts)}, or sleep.pass_loss to 0"
     )
-  for text in texts:
+  taken = [text for text in texts if text]
+  if not taken or any(texts[: passes - len(taken)]):
+    raise ValueError(
+      "a pass that an example does not take comes before those that it takes, "
+      f"of which there is at least one; these passes hold {[*map(len, texts)]} "
+      "tokens"
+    )
+  for text in taken:
     if len(text) != context_length:
       raise ValueError(
         f"what a pass should hold is {len(text)} tokens, and the context "
@@ -326,7 +333,7 @@ def _lay_out_passes(
       )
   held = np.full((passes, length), -1, np.int32)
   start = int(valid.argmax())
-  held[:, start : start + context_length] = texts
+  held[-len(taken) :, start : start + context_length] = taken
   awake = int(loss_mask.argmax()) // window_length * window_length
   held[:, awake:] = -1
   return held

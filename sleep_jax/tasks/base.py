@@ -35,7 +35,8 @@ class Example:
       with none, an end token follows each answer.
     marker_counts: whether the marker after a prompt must be written, too.
     pass_targets: what the context's places should hold after each pass of a
-      sleep: a text as long as the context for every pass, or none at all.
+      sleep: a text as long as the context for every pass, or none at all. Empty
+      texts come first: they are passes that this example does not take.
   """
 
   context: str

@@ -36,7 +36,8 @@ class Rule110Config:
   # the other, as in ((40_000, 4), (20_000, 6)).
   curriculum: tuple = ()
   # r: updates that each pass but the first should make, for sleep.pass_loss
-  # with sleep.passes = 1 + steps / r, rounded up; 0 says nothing of passes.
+  # with sleep.passes = 1 + steps / r, rounded up; an example of the curriculum
+  # takes as many passes as its own steps need. 0 says nothing of passes.
   pass_steps: int = 0
   # What lies beyond a string's ends: its other end ("periodic") or zeros
   # ("zero"), for which the first bit soon sticks at 1.
@@ -133,20 +134,24 @@ class Rule110:
     )
 
   def _pass_targets(self, lanes: int, steps: int) -> list[str]:
-    """The strings after each pass, moved on; the first pass only reads."""
+    """The strings after each pass, moved on; the first pass only reads.
+
+    An easier example takes fewer passes.
+    """
     config = self._config
     if not config.pass_steps:
       return []
     shape = config.width, config.strings
     made, texts = 0, []
-    for n in range(1 + math.ceil(config.steps / config.pass_steps)):
+    for n in range(1 + math.ceil(steps / config.pass_steps)):
       more = min(n * config.pass_steps, steps) - made
       lanes = _roll_out(lanes, *shape, more, config.boundary)
       made += more
       texts.append(
         _rotated(f"{lanes:0{math.prod(shape)}b}", config.width, made)
       )
-    return texts
+    most = 1 + math.ceil(config.steps / config.pass_steps)
+    return [""] * (most - len(texts)) + texts
 
   def _steps_of(self, split: str, index: int) -> int:
     for examples, steps in self._config.curriculum if split == "train" else ():
