@@ -44,7 +44,7 @@ def pocket() -> ExperimentConfig:
 
 
 def deep() -> ExperimentConfig:
-  """t = 8 with N = 5, by way of t = 4 with N = 3 and t = 6 with N = 4.
+  """t = 8 with N = 5, by way of t = 2 with N = 2, and so on.
 
   As many examples as of pocket; smaller batches, as every place is a target.
   """
@@ -52,7 +52,10 @@ def deep() -> ExperimentConfig:
   return dataclasses.replace(
     config,
     task=dataclasses.replace(
-      config.task, steps=8, pass_steps=2, curriculum=((19_200, 4), (9600, 6))
+      config.task,
+      steps=8,
+      pass_steps=2,
+      curriculum=((14_400, 2), (14_400, 4), (12_800, 6)),
     ),
     sleep=dataclasses.replace(config.sleep, passes=5, pass_loss=1.0),
     data=dataclasses.replace(config.data, batch_size=32),

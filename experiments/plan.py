@@ -114,13 +114,18 @@ _WARMUPS: Mapping[str, Mapping[str, Any]] = {
     "first_stage.eviction": "sliding",
   },
 }
-_DEEP = {"task.steps": 6, "sleep.passes": 3, "run.steps": 1000}
+_ALONE: Mapping[str, Any] = {"task.pass_steps": 0, "sleep.pass_loss": 0.0}
+_AT_ONCE: Mapping[str, Any] = {"task.curriculum": "()"}
 _RECIPES: Mapping[str, Mapping[str, Any]] = {
+  "deep": {},
+  "pass_loss": _AT_ONCE,
+  "plain": _AT_ONCE | _ALONE,
+  "curriculum": _ALONE,
+}
+_SIX = {"task.steps": 6, "sleep.passes": 3, "run.steps": 1000}
+_BY_WAY: Mapping[str, Mapping[str, Any]] = {
   "plain": {},
   "curriculum": {"task.curriculum": "((38400,4),(25600,5))"},
-  "from_two": {"task.curriculum": "((25600,2),(25600,4))"},
-  "sampled_passes": {"sleep.sampled_passes": True},
-  "beta_to_two": {"model.beta_range": 2.0},
 }
 # Of rows as many as of pocket's in 1,500 steps.
 _HELD = {
@@ -159,26 +164,42 @@ STUDIES: Sequence[Study] = (
   Study(
     "Rule 110, deeper: recipes",
     "rule110-deep",
-    "t = 6 with N = 3 in 1,000 steps: alone (plain), by way of t = 4 and 5"
-    " (curriculum) or of t = 2 and 4 (from_two), with 1 to 3 passes drawn for"
-    " each batch (sampled_passes), or with b up to 2 (beta_to_two).",
+    "t = 8 with N = 5, on as many examples as the pocket size has: alone"
+    " (plain); by way of t = 2, 4 and 6 (curriculum); with a loss of each pass,"
+    " which is told to make two updates (pass_loss); with both, where N grows"
+    " with t (deep).",
     [
       Sweep(
-        f"rule110-deep/{name}",
-        "automaton.py",
-        [_SEEDS],
-        _DEEP | overrides,
+        f"rule110-deep/{name}", "automaton.py:deep", [_SEEDS], overrides
       )
       for name, overrides in _RECIPES.items()
+    ],
+  ),
+  Study(
+    "Rule 110 at t = 6 by way of smaller t",
+    "rule110-by-way",
+    "t = 6 with N = 3 in 1,000 steps: alone (plain), or by way of t = 4 and 5"
+    " (curriculum). One seed each: t = 6 is learnt alone.",
+    [
+      Sweep(
+        f"rule110-by-way/{name}",
+        "automaton.py",
+        ["run.seed=0"],
+        _SIX | overrides,
+      )
+      for name, overrides in _BY_WAY.items()
     ],
   ),
   Study(
     "Rule 110, deeper: what each pass is to hold",
     "rule110-held",
     "t = 15 with N = 6: alone (plain), or with a loss of each pass, which is"
-    " told to make three updates (pass_loss).",
+    " told to make three updates (pass_loss). One seed each: what it found is"
+    " what the recipes above mend.",
     [
-      Sweep(f"rule110-held/{name}", "automaton.py", [_SEEDS], _HELD | overrides)
+      Sweep(
+        f"rule110-held/{name}", "automaton.py", ["run.seed=0"], _HELD | overrides
+      )
       for name, overrides in _TOLD.items()
     ],
     notes="With a loss of each pass (seed 0) the second string's label is"
@@ -546,10 +567,11 @@ CLAIMS: Sequence[Claim] = (
     _OURS,
     [
       _between(
-        "rule110-deep, depth 6: curriculum over plain",
-        Cell("rule110-deep/curriculum", 6),
-        Cell("rule110-deep/plain", 6),
+        f"{folder}, depth {t}: curriculum over plain",
+        Cell(f"{folder}/curriculum", t),
+        Cell(f"{folder}/plain", t),
       )
+      for folder, t in (("rule110-deep", 8), ("rule110-by-way", 6))
     ],
   ),
   Claim(
@@ -557,9 +579,25 @@ CLAIMS: Sequence[Claim] = (
     _OURS,
     [
       _between(
-        "rule110-held, depth 15: pass_loss over plain",
-        Cell("rule110-held/pass_loss", 15),
-        Cell("rule110-held/plain", 15),
+        f"{folder}, depth {t}: {recipe} over plain",
+        Cell(f"{folder}/{recipe}", t),
+        Cell(f"{folder}/plain", t),
+      )
+      for folder, t, recipe in (
+        ("rule110-deep", 8, "deep"),
+        ("rule110-deep", 8, "pass_loss"),
+        ("rule110-held", 15, "pass_loss"),
+      )
+    ],
+  ),
+  Claim(
+    "With a loss of each pass, t and N must grow",
+    _OURS,
+    [
+      _between(
+        "rule110-deep, depth 8: deep over pass_loss",
+        Cell("rule110-deep/deep", 8),
+        Cell("rule110-deep/pass_loss", 8),
       )
     ],
   ),
