@@ -44,7 +44,7 @@ def pocket() -> ExperimentConfig:
 
 
 def deep() -> ExperimentConfig:
-  """t = 8 with N = 5, by way of t = 2 with N = 2, and so on.
+  """t = 8 with N = 5, at first along with t = 2 with N = 2, and so on.
 
   As many examples as of pocket; smaller batches, as every place is a target.
   """
@@ -55,7 +55,7 @@ def deep() -> ExperimentConfig:
       config.task,
       steps=8,
       pass_steps=2,
-      curriculum=((14_400, 2), (14_400, 4), (12_800, 6)),
+      curriculum=((44_800, (2, 4, 6, 8)),),
     ),
     sleep=dataclasses.replace(config.sleep, passes=5, pass_loss=1.0),
     data=dataclasses.replace(config.data, batch_size=32),

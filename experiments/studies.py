@@ -32,7 +32,7 @@ _DEPTHS = {"rule110": "task.steps"}
 # panel -> label -> depth -> accuracy. That of Rule 110 is read off its figure.
 PAPER: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]] = {
   "rule110": {
-    "paper, its figure 2b (N = 3, 4: above 0.3)": {
+    "paper, figure 2b (N = 3, 4: above 0.3; chance 0.06)": {
       "N = 1": {32: 0.1},
       "N = 2": {32: 0.2},
       "N = 3": {32: 0.3},

@@ -32,12 +32,12 @@ class Rule110Config:
   strings: int = 4
   # t: updates between a string and its label, 0..100,000.
   steps: int = 32
-  # Training begins with easier examples: ((how many, steps), ...), one after
-  # the other, as in ((40_000, 4), (20_000, 6)).
+  # Training begins with other t, ((how many examples, t), ...), one after the
+  # other, or with several in turn: ((40_000, 4), (20_000, (4, 6))).
   curriculum: tuple = ()
   # r: updates that each pass but the first should make, for sleep.pass_loss
   # with sleep.passes = 1 + steps / r, rounded up; an example of the curriculum
-  # takes as many passes as its own steps need. 0 says nothing of passes.
+  # takes as many passes as its own t needs. 0 says nothing of passes.
   pass_steps: int = 0
   # What lies beyond a string's ends: its other end ("periodic") or zeros
   # ("zero"), for which the first bit soon sticks at 1.
@@ -57,15 +57,9 @@ class Rule110Config:
         ("boundary", self.boundary in BOUNDARIES, f"use one of {BOUNDARIES}"),
         (
           "curriculum",
-          all(
-            isinstance(stage, tuple)
-            and [type(n) for n in stage] == [int, int]
-            and stage[0] >= 1
-            and 0 <= stage[1] <= 100_000
-            for stage in self.curriculum
-          ),
-          "use pairs of whole numbers, (1 or more examples, 0..100000 steps), "
-          "like ((40000, 4), (20000, 6))",
+          all(map(_is_stage, self.curriculum)),
+          "use pairs of whole numbers, (1 or more examples, 0..100000 steps or "
+          "several such), like ((40000, 4), (20000, (4, 6)))",
         ),
         (
           "heldout_fraction",
@@ -78,6 +72,18 @@ class Rule110Config:
     ]
     if problems:
       raise ValueError("; ".join(problems))
+    most = max([0, *(max(_in_turn(t)) for _, t in self.curriculum)])
+    if self.pass_steps and self.passes_of(most) > self.passes_of(self.steps):
+      raise ValueError(
+        f"task.curriculum = {self.curriculum!r}: with task.pass_steps = "
+        f"{self.pass_steps}, t = {most} takes {self.passes_of(most)} passes and "
+        f"task.steps = {self.steps} takes {self.passes_of(self.steps)}, the "
+        "most that there may be; use smaller t"
+      )
+
+  def passes_of(self, steps: int) -> int:
+    """The passes that make so many updates, `pass_steps` each but the first."""
+    return 1 + math.ceil(steps / self.pass_steps)
 
   @property
   def splits_strings(self) -> bool:
@@ -143,20 +149,20 @@ class Rule110:
       return []
     shape = config.width, config.strings
     made, texts = 0, []
-    for n in range(1 + math.ceil(steps / config.pass_steps)):
+    for n in range(config.passes_of(steps)):
       more = min(n * config.pass_steps, steps) - made
       lanes = _roll_out(lanes, *shape, more, config.boundary)
       made += more
       texts.append(
         _rotated(f"{lanes:0{math.prod(shape)}b}", config.width, made)
       )
-    most = 1 + math.ceil(config.steps / config.pass_steps)
-    return [""] * (most - len(texts)) + texts
+    return [""] * (config.passes_of(config.steps) - len(texts)) + texts
 
   def _steps_of(self, split: str, index: int) -> int:
     for examples, steps in self._config.curriculum if split == "train" else ():
       if index < examples:
-        return steps
+        steps = _in_turn(steps)
+        return steps[index % len(steps)]
       index -= examples
     return self._config.steps
 
@@ -164,6 +170,22 @@ class Rule110:
     if split not in self._strings:
       raise ValueError(f"split {split!r}: use one of {tuple(self._strings)}")
     return self._strings[split]
+
+
+def _in_turn(steps: int | tuple) -> tuple:
+  return steps if isinstance(steps, tuple) else (steps,)
+
+
+def _is_stage(stage: object) -> bool:
+  if not isinstance(stage, tuple) or len(stage) != 2:
+    return False
+  numbers = stage[0], *_in_turn(stage[1])
+  return (
+    len(numbers) > 1
+    and all(type(n) is int for n in numbers)
+    and numbers[0] >= 1
+    and all(0 <= t <= 100_000 for t in numbers[1:])
+  )
 
 
 def rollout(
