@@ -55,7 +55,7 @@ def deep() -> ExperimentConfig:
       config.task,
       steps=8,
       pass_steps=2,
-      curriculum=((44_800, (2, 4, 6, 8)),),
+      curriculum=((19_200, 2), (14_400, (2, 4)), (11_200, (4, 6))),
     ),
     sleep=dataclasses.replace(config.sleep, passes=5, pass_loss=1.0),
     data=dataclasses.replace(config.data, batch_size=32),

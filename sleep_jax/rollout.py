@@ -166,7 +166,8 @@ def rollout(
     loss_mask: where a target counts.
     valid: False where a place is padding.
     sleep_config: how and when to sleep.
-    passes: of a sleeping row, a number that may be traced; None is N.
+    passes: of a sleeping row, a number that may be traced; None is N. What
+      `pass_targets` say of a row's passes goes before it.
     most_passes: what `passes` cannot exceed; None is N.
     sleeper: `sleep`, or `sleep_until` where no gradient is wanted.
     answer_length: most places of a row with loss; 0 is any number. Others of a

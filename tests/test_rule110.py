@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 
+from experiments import automaton
 from sleep_jax.tasks.rule110 import Rule110, Rule110Config, rollout
 
 # (left, centre, right) -> new
@@ -101,13 +102,13 @@ def test_labels_are_the_first_bits_of_the_strings(split, boundary):
 
 
 def test_training_begins_with_the_curriculum():
-  curriculum = ((3, 2), (2, 5))
+  curriculum = ((3, 2), (3, (5, 4)))
   config = Rule110Config(width=12, steps=9, curriculum=curriculum)
   task, plain = (
     Rule110(c, seed=0)
     for c in (config, dataclasses.replace(config, curriculum=()))
   )
-  for index, steps in enumerate([2, 2, 2, 5, 5, 9, 9]):
+  for index, steps in enumerate([2, 2, 2, 5, 4, 5, 9, 9]):
     example = task.example("train", index)
     # The same strings, otherwise asked about.
     assert example.context == plain.example("train", index).context
@@ -149,6 +150,24 @@ def test_each_pass_should_make_its_updates_and_move_them(boundary):
         for i in range(5):
           assert text[start + i] == after[(i - steps) % 5]
   assert not Rule110(Rule110Config(), seed=0).example("train", 0).pass_targets
+
+
+def test_a_curriculum_takes_no_more_passes_than_the_task():
+  at_most = Rule110Config(steps=7, pass_steps=3, curriculum=((1, (2, 9)),))
+  assert at_most.passes_of(9) == 4
+  with pytest.raises(ValueError, match="t of 10 takes 5 .* the 4 of .* = 7;"):
+    dataclasses.replace(at_most, curriculum=((1, 2), (1, (10, 2))))
+
+
+def test_deep_takes_passes_as_t_needs_them():
+  config = automaton.deep()
+  task = Rule110(config.task, config.data.seed)
+  trained = config.run.steps * config.data.batch_size
+  for index, taken in enumerate([2, 3, 4, 5, 2]):
+    texts = task.example("train", index).pass_targets
+    assert list(map(len, texts)) == [0] * (5 - taken) + [32] * taken
+  assert len(texts) == config.sleep.passes
+  assert all(task.example("train", trained - 1).pass_targets)
 
 
 def test_bits_are_fair_and_strings_differ():
@@ -212,6 +231,8 @@ def test_nothing_is_held_out_of_long_strings(config):
     {"steps": -1},
     {"curriculum": ((10, 4), (0, 5))},
     {"curriculum": ((10, 4, 4),)},
+    {"curriculum": ((10, ()),)},
+    {"curriculum": ((10, (4, -1)),)},
     {"boundary": "mirror"},
     {"heldout_fraction": 0.6},
     {"width": 6, "heldout_fraction": 0.01},

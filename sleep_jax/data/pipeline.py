@@ -28,7 +28,8 @@ class Batch(NamedTuple):
     depth: `Example.depth` of each row.
     mode: `Example.mode` of each row, as an index into `Task.modes`.
     pass_targets: for each pass the token that a place should then hold, -1
-      where that is left open; None where nothing is said of passes.
+      where that is left open, and throughout in passes that a row does not
+      take; None where nothing is said of passes.
   """
 
   inputs: Int32[_Array, "B T"]
@@ -305,7 +306,8 @@ def _lay_out_passes(
   """`Batch.pass_targets` of a row: of the places in windows without loss.
 
   Raises:
-    ValueError: there is not one text for each pass, as long as the context.
+    ValueError: there is not one text for each pass, those of passes that are
+      taken as long as the context, and those of others first and empty.
   """
   if not texts:
     raise ValueError(
@@ -320,9 +322,8 @@ def _lay_out_passes(
   taken = [text for text in texts if text]
   if not taken or any(texts[: passes - len(taken)]):
     raise ValueError(
-      "a pass that an example does not take comes before those that it takes, "
-      f"of which there is at least one; these passes hold {[*map(len, texts)]} "
-      "tokens"
+      f"its passes are to hold {[*map(len, texts)]} tokens: those that it does "
+      "not take come first, with empty texts, and at least one is taken"
     )
   for text in taken:
     if len(text) != context_length:

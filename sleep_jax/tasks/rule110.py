@@ -76,9 +76,9 @@ class Rule110Config:
     if self.pass_steps and self.passes_of(most) > self.passes_of(self.steps):
       raise ValueError(
         f"task.curriculum = {self.curriculum!r}: with task.pass_steps = "
-        f"{self.pass_steps}, t = {most} takes {self.passes_of(most)} passes and "
-        f"task.steps = {self.steps} takes {self.passes_of(self.steps)}, the "
-        "most that there may be; use smaller t"
+        f"{self.pass_steps} a t of {most} takes {self.passes_of(most)} passes, "
+        f"more than the {self.passes_of(self.steps)} of task.steps = "
+        f"{self.steps}; use smaller t"
       )
 
   def passes_of(self, steps: int) -> int:
