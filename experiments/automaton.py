@@ -46,7 +46,7 @@ def pocket() -> ExperimentConfig:
 def deep() -> ExperimentConfig:
   """t = 8 with N = 5, at first along with t = 2 with N = 2, and so on.
 
-  As many examples as of pocket; smaller batches, as every place is a target.
+  Batches are small, as every place is a target.
   """
   config = pocket()
   return dataclasses.replace(
@@ -55,11 +55,11 @@ def deep() -> ExperimentConfig:
       config.task,
       steps=8,
       pass_steps=2,
-      curriculum=((19_200, 2), (14_400, (2, 4)), (11_200, (4, 6))),
+      curriculum=((22_400, 2), (22_400, (2, 4)), (19_200, (4, 6))),
     ),
     sleep=dataclasses.replace(config.sleep, passes=5, pass_loss=1.0),
     data=dataclasses.replace(config.data, batch_size=32),
-    run=dataclasses.replace(config.run, steps=2000, evaluate_every=200),
+    run=dataclasses.replace(config.run, steps=3000, evaluate_every=250),
   )
 
 
