@@ -44,9 +44,10 @@ def pocket() -> ExperimentConfig:
 
 
 def deep() -> ExperimentConfig:
-  """t = 8 with N = 5, at first along with t = 2 with N = 2, and so on.
+  """t = 8 with N = 5, after t = 2 with N = 2, and so on.
 
-  Batches are small, as every place is a target.
+  Each stage goes on with the t before it. Batches are small, as every place is
+  a target.
   """
   config = pocket()
   return dataclasses.replace(
