@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
@@ -172,7 +173,7 @@ class Rule110:
     return self._strings[split]
 
 
-def _in_turn(steps: int | tuple) -> tuple:
+def _in_turn(steps: Any) -> tuple:
   return steps if isinstance(steps, tuple) else (steps,)
 
 
