@@ -163,7 +163,7 @@ def test_deep_takes_passes_as_t_needs_them():
   config = automaton.deep()
   task = Rule110(config.task, config.data.seed)
   trained = config.run.steps * config.data.batch_size
-  for index, taken in ((0, 2), (19_201, 3), (33_601, 4), (44_800, 5)):
+  for index, taken in ((0, 2), (22_401, 3), (44_801, 4), (64_000, 5)):
     texts = task.example("train", index).pass_targets
     assert list(map(len, texts)) == [0] * (5 - taken) + [32] * taken
   assert len(texts) == config.sleep.passes
