@@ -1,6 +1,7 @@
 """Depo: the generator against the checker, the laws, and damaged files."""
 
 import collections
+import dataclasses
 import json
 import math
 import pathlib
@@ -178,6 +179,21 @@ def test_the_laws_of_training():
   assert abs(follows - expected) < 5 * math.sqrt(0.25 / 2000)
 
 
+def test_the_hops_of_training():
+  config = DepoConfig(nodes=12, hops=6, train_hops=(1, 4), mini_vocab=20)
+  task = Depo(config, seed=0)
+  problems = [task.problem("train", i) for i in range(300)]
+  hops = collections.Counter(k for p in problems for k, _, _ in p.queries)
+  assert set(hops) == {1, 4}
+  assert chi_square_holds([hops[1], hops[4]], [1 / 2] * 2)
+  # Those of the tests are the same as ever, and so are all else's draws.
+  test = task.problem("hops_2", 0)
+  assert {k for k, _, _ in test.queries} == {2}
+  assert test == Depo(dataclasses.replace(config, train_hops=()), 0).problem(
+    "hops_2", 0
+  )
+
+
 def test_the_paper_s_lengths():
   """The original's: 218-264 tokens of edges, mean 240; in training mean 85."""
   test = list(records(DepoConfig(), "hops_8", 60))
@@ -228,6 +244,9 @@ def test_splits():
     {"nodes": 2},
     {"hops": 0},
     {"hops": 500},
+    {"train_hops": (1, 0)},
+    {"train_hops": (1, 17)},
+    {"train_hops": (1.0,)},
     {"queries": 0},
     {"mini_vocab": 0},
     {"mini_vocab": 4501},

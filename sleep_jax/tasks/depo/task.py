@@ -32,6 +32,8 @@ class DepoConfig:
   nodes: int = 75
   # K: the most hops that are asked for.
   hops: int = 16
+  # The hops that questions of training ask for, each as often; () is 1..K.
+  train_hops: tuple = ()
   # M: the most questions about a cycle; a shorter one has one for each node.
   queries: int = 10
   # Tokens of the shortest and of the longest name.
@@ -50,6 +52,11 @@ class DepoConfig:
       for field, holds, rule in (
         ("nodes", self.nodes >= FEWEST_NODES, f"use {FEWEST_NODES} or more"),
         ("hops", 1 <= self.hops < MARKER - HOPS, "use 1..499"),
+        (
+          "train_hops",
+          all(type(k) is int and 1 <= k <= self.hops for k in self.train_hops),
+          f"use whole numbers from 1 to task.hops = {self.hops}, like (1, 2)",
+        ),
         ("queries", self.queries >= 1, "use 1 or more"),
         ("mini_vocab", 1 <= self.mini_vocab <= HOPS // 2, "use 1..4500"),
         (
@@ -90,8 +97,8 @@ class Depo:
 
   In "train" a cycle has n = 3..N nodes with probability proportional to
   1 / (n + sqrt(N)), and each question asks for a number of hops of its own,
-  1..K. The other splits have n = N, and one number of hops each: the powers of
-  two up to K, and K.
+  1..K or of `train_hops`. The other splits have n = N, and one number of hops
+  each: the powers of two up to K, and K.
   """
 
   modes: Sequence[str] = ("cycle",)
@@ -103,6 +110,7 @@ class Depo:
     powers = {2**i for i in range(config.hops.bit_length())}
     self._hops = {f"hops_{k}": k for k in sorted({*powers, config.hops})}
     self.eval_splits: Sequence[str] = tuple(self._hops)
+    self._train_hops = config.train_hops or range(1, config.hops + 1)
     size = config.mini_vocab
     self._ends = tuple(map(str, range(size + 1, 2 * size + 1)))
     self.vocabulary: Sequence[str] = (
@@ -153,7 +161,7 @@ class Depo:
     edges = [(name, cycle[(i + 1) % size]) for i, name in enumerate(cycle)]
     starts = draws.sample(range(size), min(size, config.queries))
     hops = [
-      self._hops.get(split) or draws.between(1, config.hops) for _ in starts
+      self._hops.get(split) or draws.choice(self._train_hops) for _ in starts
     ]
     return Problem(
       draws.sample(edges, size),
