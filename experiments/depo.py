@@ -50,9 +50,7 @@ def pocket() -> ExperimentConfig:
     model=ModelConfig(pattern=((("attn", "gdn"), 1),), width=64),
     sleep=SleepConfig(passes=4, window_length=36),
     data=DataConfig(length=72, batch_size=32),
-    optimizer=dataclasses.replace(
-      sizes.POCKET_OPTIMIZER, muon_learning_rate=1e-2, adamw_learning_rate=4e-3
-    ),
+    optimizer=sizes.SHALLOW_OPTIMIZER,
     run=RunConfig(
       steps=2500,
       evaluate_every=500,

@@ -3,7 +3,7 @@
   python -m experiments.main --config=experiments/math.py
 
 Sizes, as in `--config=experiments/math.py:tiny`:
-  pocket (default): 2 CPU cores, under 15 minutes.
+  pocket (default): 2 CPU cores, 5 minutes.
   tiny: under a minute, for tests; learns nothing much.
   evening: 40 minutes on 2 cores, as deep as it goes.
   hybrid_2b: the shapes of a 2B hybrid, from scratch, for a slice of TPUs.
@@ -53,23 +53,25 @@ def pocket() -> ExperimentConfig:
       distractors=6,
       max_tokens=64,
     ),
-    model=ModelConfig(pattern=((("attn", "gdn"), 2),), width=64),
+    model=ModelConfig(pattern=((("attn", "gdn"), 1),), width=64),
     sleep=SleepConfig(passes=2, window_length=64),
     data=DataConfig(length=66, batch_size=64),
-    optimizer=sizes.POCKET_OPTIMIZER,
-    run=RunConfig(steps=1500, evaluate_every=500, checkpoint_every=250),
+    optimizer=sizes.SHALLOW_OPTIMIZER,
+    run=RunConfig(steps=1000, evaluate_every=250, checkpoint_every=250),
   )
 
 
 def evening() -> ExperimentConfig:
-  """All depths, 1 to 8, at N = 4: the same model, trained for longer."""
+  """All depths, 1 to 8, at N = 4: twice the blocks, trained for longer."""
   config = pocket()
   return dataclasses.replace(
     config,
     task=dataclasses.replace(
       config.task, ops=(1, 2, 3, 4, 5, 6, 7, 8), max_value=30
     ),
+    model=dataclasses.replace(config.model, pattern=((("attn", "gdn"), 2),)),
     sleep=dataclasses.replace(config.sleep, passes=4),
+    optimizer=sizes.POCKET_OPTIMIZER,
     run=RunConfig(steps=3000, evaluate_every=500, checkpoint_every=250),
   )
 
@@ -81,12 +83,7 @@ def tiny() -> ExperimentConfig:
     config,
     task=dataclasses.replace(config.task, ops=(1, 2)),
     model=dataclasses.replace(
-      config.model,
-      pattern=((("attn", "gdn"), 1),),
-      width=32,
-      mlp_width=64,
-      key_dim=16,
-      value_dim=16,
+      config.model, width=32, mlp_width=64, key_dim=16, value_dim=16
     ),
     data=dataclasses.replace(config.data, batch_size=16),
     run=sizes.TINY_RUN,

@@ -1,5 +1,6 @@
 """What the sizes of all experiments share."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import ml_collections
@@ -17,6 +18,10 @@ POCKET_OPTIMIZER = OptimizerConfig(
   adamw_learning_rate=2e-3,
   warmup_fraction=0.02,
   decay_fraction=0.3,
+)
+# For two blocks alone and batches of 32 or 64: twice that.
+SHALLOW_OPTIMIZER = dataclasses.replace(
+  POCKET_OPTIMIZER, muon_learning_rate=1e-2, adamw_learning_rate=4e-3
 )
 # Everything that a run does, in seconds.
 TINY_RUN = RunConfig(
