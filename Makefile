@@ -32,7 +32,8 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 
 test: setup
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -m "not slow" \
+	  --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 test-slow: setup
 	$(VENV)/bin/python -m pytest -m slow

@@ -49,6 +49,7 @@ setup(
       "beartype>=0.22",
       "pyrefly>=1.0",
       "pytest>=9.0",
+      "pytest-xdist>=3.8",
       "ruff>=0.17",
     ],
   },

@@ -6,10 +6,12 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Many tests, and the processes that they start, compile the same programs.
-cache = tempfile.mkdtemp()
-atexit.register(shutil.rmtree, cache, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+# Many tests, and the processes that they start, compile the same programs; so do
+# the workers of one run, which inherit the folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  cache = tempfile.mkdtemp()
+  atexit.register(shutil.rmtree, cache, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax  # noqa: E402
