@@ -31,8 +31,10 @@ $(STAMP): setup.py $(CONSTRAINTS) $(VENV)/bin/python
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 
+# Nearly all of its time is compiling, and a third of that LLVM's optimizing.
 test: setup
-	$(VENV)/bin/python -m pytest -m "not slow" \
+	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" \
+	  $(VENV)/bin/python -m pytest -m "not slow" \
 	  --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 test-slow: setup

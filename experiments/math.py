@@ -3,7 +3,7 @@
   python -m experiments.main --config=experiments/math.py
 
 Sizes, as in `--config=experiments/math.py:tiny`:
-  pocket (default): 2 CPU cores, 5 minutes.
+  pocket (default): 8 minutes on one CPU core.
   tiny: under a minute, for tests; learns nothing much.
   evening: 40 minutes on 2 cores, as deep as it goes.
   hybrid_2b: the shapes of a 2B hybrid, from scratch, for a slice of TPUs.

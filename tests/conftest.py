@@ -8,15 +8,11 @@ import tempfile
 # The workers of a run in parallel inherit this from its first process.
 if "PYTEST_XDIST_WORKER" not in os.environ:
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  # Nearly all of the time is compiling. Many tests, and the processes that they
-  # start, compile the same programs; and LLVM's optimizing is a third of it.
+  # Many tests, and the processes that they start, compile the same programs.
   cache = tempfile.mkdtemp()
   atexit.register(shutil.rmtree, cache, ignore_errors=True)
   os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-  os.environ["XLA_FLAGS"] = " ".join(
-    ["--xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", "")]
-  )
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

@@ -186,12 +186,15 @@ def test_the_hops_of_training():
   hops = collections.Counter(k for p in problems for k, _, _ in p.queries)
   assert set(hops) == {1, 4}
   assert chi_square_holds([hops[1], hops[4]], [1 / 2] * 2)
-  # Those of the tests are the same as ever, and so are all else's draws.
-  test = task.problem("hops_2", 0)
-  assert {k for k, _, _ in test.queries} == {2}
-  assert test == Depo(dataclasses.replace(config, train_hops=()), 0).problem(
-    "hops_2", 0
-  )
+  # All else is drawn as ever.
+  plain = Depo(dataclasses.replace(config, train_hops=()), 0)
+  assert task.problem("hops_2", 0) == plain.problem("hops_2", 0)
+  for i, problem in enumerate(problems[:20]):
+    other = plain.problem("train", i)
+    assert problem.edges == other.edges
+    assert [x for _, x, _ in problem.queries] == [
+      x for _, x, _ in other.queries
+    ]
 
 
 def test_the_paper_s_lengths():
