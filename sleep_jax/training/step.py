@@ -212,7 +212,7 @@ def make_train_step(
     return constrain_like(tree, config.mesh.rules)
 
   def loss_of(params, part, passes):
-    # Where they are known, rows are not asked whether they are done.
+    # None: those of the config, or what each row's pass targets say.
     drawn = passes if config.sleep.sampled_passes else None
     result = run(model, config, params, part, passes=drawn)
     right = count_exact(result.predictions, part.targets, part.loss_mask)
