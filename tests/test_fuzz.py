@@ -34,10 +34,10 @@ def no_hang():
   """Ends a test that does not end by itself."""
 
   def ring(*_):
-    raise AssertionError("ten minutes are over")
+    raise AssertionError("two minutes are over")
 
   before = signal.signal(signal.SIGALRM, ring)
-  signal.alarm(600)
+  signal.alarm(120)
   yield
   signal.alarm(0)
   signal.signal(signal.SIGALRM, before)
@@ -120,10 +120,11 @@ def set_up(config):
   next(batches)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("start", [math.tiny(), automaton.tiny()])
-def test_mutated_configs(start):
-  rng, valid = random.Random(0), 0
-  for _ in range(COUNT // 2):
+def test_mutated_configs(start, seed):
+  rng, valid = random.Random(seed), 0
+  for _ in range(COUNT // 4):
     wrong = mutated(rng, dataclasses.asdict(start))
     try:
       config = from_config_dict(wrong)
@@ -137,7 +138,7 @@ def test_mutated_configs(start):
       continue
     # Arguments of `jax.jit` that are not traced.
     hash(config.model), hash(config.sleep)
-  assert 10 < valid < COUNT // 4
+  assert 10 < valid < COUNT // 8
 
 
 @pytest.mark.parametrize(
