@@ -146,7 +146,8 @@ def wider(config: ExperimentConfig) -> ExperimentConfig:
 def longer(config: ExperimentConfig) -> ExperimentConfig:
   """N = 1, trained for as many more steps as cost the same.
 
-  It sees more rows than any other; the schedule stretches with the steps.
+  It sees more rows than any other. The schedule stretches with the steps; a
+  task's curriculum, which counts examples, does not.
 
   Raises:
     ValueError: no number of steps costs the same to within TOLERANCE.

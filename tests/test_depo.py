@@ -436,6 +436,12 @@ def test_what_is_written_is_right(tmp_path, monkeypatch, capsys):
   path.write_text(json.dumps(fields))
   with pytest.raises(ValueError, match="'separator' is neither true nor"):
     list(read_records(path))
+  powers = "--count=20", "--nodes=12", "--hops=8", "--train_hops=2,8"
+  assert run(monkeypatch, "write", path, *powers) == 0
+  asked = {
+    q["k"] for _, fields in read_records(path) for q in fields["queries"]
+  }
+  assert asked == {2, 8}
   assert run(monkeypatch, "write", path, "--nodes=2") == 2
   assert run(monkeypatch, "write", path, "--split=hops_3") == 2
   assert run(monkeypatch, "check", tmp_path / "none.jsonl") == 2

@@ -103,5 +103,6 @@ def _reader(default: Any) -> Callable[[str], object]:
   """What makes a value like the default from an option's text."""
   if not isinstance(default, tuple):
     return type(default)
-  item = type(default[0])
+  # One that is empty by default holds whole numbers.
+  item = type(default[0]) if default else int
   return lambda text: tuple(item(part) for part in text.split(","))

@@ -105,7 +105,10 @@ def main() -> int:
       "write": ("write problems to a file", _write),
     },
   )
-  names = "nodes", "hops", "queries", "mini_vocab", "name_length", "separator"
+  names = (
+    *("nodes", "hops", "train_hops", "queries"),
+    *("mini_vocab", "name_length", "separator"),
+  )
   problem_files.add_options(commands["write"], DepoConfig, names, count=1000)
   commands["write"].add_argument("--split", default="train")
   return problem_files.main(parser)
