@@ -5,7 +5,6 @@ Any leaf of the config can be overridden: `--config.sleep.passes=4`. Exit code
 2, with one line, when the config, the data or the workdir cannot be used.
 """
 
-import ctypes
 import json
 import re
 import sys
@@ -22,8 +21,6 @@ WORKDIR = flags.DEFINE_string(
   None,
   "folder of the run (default: runs/<config>[-<size>][-<baseline>])",
 )
-# Parameters of mallopt(3).
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def fail(message: object):
@@ -74,18 +71,6 @@ def parse(argv: list[str], needs_config: bool = True) -> list[str]:
   return arguments
 
 
-def keep_freed_memory():
-  """Has glibc's malloc keep what a step has freed, for the next one.
-
-  Else large buffers go back to the system at once, and XLA's CPU backend has
-  them paged in and zeroed anew in each step.
-  """
-  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-  if mallopt:  # not on macOS
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, -1)
-
-
 def main(_):
   # After the flags: a mistyped one should not wait for JAX.
   import jax
@@ -114,8 +99,6 @@ def main(_):
   folder = Path(WORKDIR.value or f"runs/{name}")
   try:
     config = from_config_dict(CONFIG.value)
-    if jax.default_backend() == "cpu":
-      keep_freed_memory()
     # Before the run: the code may change while it trains.
     made_by = surroundings()
     results = loop.train(config, folder)

@@ -27,6 +27,7 @@ from sleep_jax.training.evaluate import (
   evaluation_sets,
   greedy_decode,
 )
+from sleep_jax.training.host_memory import keep_freed_memory
 from sleep_jax.training.metrics import MetricsWriter
 from sleep_jax.training.preemption import Preempted, Preemption
 from sleep_jax.training.step import (
@@ -77,7 +78,9 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
 
   What it writes to the workdir `path`: config.json, metrics.jsonl,
   checkpoints/ and results.json. A run that was stopped goes on from its last
-  checkpoint and ends with the bits that it would have ended with.
+  checkpoint and ends with the bits that it would have ended with. On a CPU the
+  process keeps what it frees, until it ends: steps of the pocket sizes are then
+  1.2 to 1.6 times as fast.
 
   Raises:
     ValueError: the config, the data or the workdir cannot be used; the loss or
@@ -88,6 +91,8 @@ def train(config: ExperimentConfig, path: str | os.PathLike) -> dict[str, Any]:
   # Data first: what is wrong with it should be known before compiling.
   run = config.run
   mesh = sharding.make_mesh(config)
+  if jax.default_backend() == "cpu":
+    keep_freed_memory()
   task, tokenizer = task_and_tokenizer(config)
   splits = "|".join(map(re.escape, task.eval_splits))
   metric = rf"eval/({splits})/(accuracy|depth_\d+)"

@@ -1,4 +1,4 @@
-"""What `experiments.main` does besides running an experiment."""
+"""Large buffers are paged in once."""
 
 import subprocess
 import sys
@@ -9,11 +9,11 @@ import pytest
 _FAULTS = """
 import resource
 import numpy as np
-from experiments import main
+from sleep_jax.training.host_memory import keep_freed_memory
 
 for keeps in (False, True):
   if keeps:
-    main.keep_freed_memory()
+    keep_freed_memory()
   np.ones(10_000_000, np.float32)
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   for _ in range(8):
@@ -22,7 +22,7 @@ for keeps in (False, True):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_freed_memory_is_kept():
   # In a process of its own: the setting stays.
   said = subprocess.run(
