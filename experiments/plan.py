@@ -236,6 +236,20 @@ STUDIES: Sequence[Study] = (
     [Sweep("depo", "depo.py", [f"{_SEEDS} sleep.passes=1,2,4"])],
   ),
   Study(
+    "Depo for longer",
+    "depo-longer",
+    "The same in 8,000 steps: what comes of 8 hops. Chosen after one such run"
+    " of N = 4 (seed 0).",
+    [
+      Sweep(
+        "depo-longer",
+        "depo.py",
+        [f"{_SEEDS} sleep.passes=1,4"],
+        {"run.steps": 8000},
+      )
+    ],
+  ),
+  Study(
     "Math: operations and passes N",
     "math",
     "Problems of 1 to 4 operations in one window.",
@@ -473,7 +487,8 @@ CLAIMS: Sequence[Claim] = (
       )
       for depth in depths
       for n in (2, 4)
-    ],
+    ]
+    + [_gain("depo-longer", hops, 4) for hops in (1, 2, 4, 8)],
   ),
   Claim(
     "More than two passes are better than two",
@@ -491,6 +506,7 @@ CLAIMS: Sequence[Claim] = (
       _grows("rule110", 4, 2, 4),
       _grows("rule110", 8, 2, 4),
       *(_grows("depo", hops, 1, 4) for hops in (2, 4, 8)),
+      *(_grows("depo-longer", hops, 1, 4) for hops in (2, 4, 8)),
       _grows("math", 4, 1, 4),
     ],
   ),
