@@ -446,6 +446,9 @@ def test_what_is_written_is_right(tmp_path, monkeypatch, capsys):
   assert run(monkeypatch, "write", path, "--split=hops_3") == 2
   assert run(monkeypatch, "check", tmp_path / "none.jsonl") == 2
   assert capsys.readouterr().err.count("\n") == 3
+  with pytest.raises(SystemExit, match="2"):
+    run(monkeypatch, "write", path, "--train_hops=1;2")
+  assert "'1;2' is no list of int with commas" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["tiny", "pocket", "paper", "paper_10_layers"])

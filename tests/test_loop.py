@@ -148,6 +148,15 @@ def test_divergence_is_told_and_never_saved(tmp_path):
   )
 
 
+def test_a_cpu_keeps_what_it_frees(tmp_path, monkeypatch):
+  calls = []
+  monkeypatch.setattr(loop, "keep_freed_memory", lambda: calls.append(None))
+  run = dataclasses.replace(automaton.tiny().run, keep_best="none")
+  with pytest.raises(ValueError, match="no evaluation gives it"):
+    loop.train(dataclasses.replace(CONFIG, run=run), tmp_path)
+  assert len(calls) == (jax.default_backend() == "cpu")
+
+
 def test_another_config_is_refused_and_nothing_lost(finished):
   workdir, _ = finished
   before = (workdir / "metrics.jsonl").read_bytes()

@@ -105,4 +105,13 @@ def _reader(default: Any) -> Callable[[str], object]:
     return type(default)
   # One that is empty by default holds whole numbers.
   item = type(default[0]) if default else int
-  return lambda text: tuple(item(part) for part in text.split(","))
+
+  def read(text: str) -> tuple:
+    try:
+      return tuple(item(part) for part in text.split(","))
+    except ValueError:
+      raise argparse.ArgumentTypeError(
+        f"{text!r} is no list of {item.__name__} with commas between"
+      ) from None
+
+  return read
