@@ -8,7 +8,7 @@ each after t steps of Rule 110 is asked (paper, section 5). Sizes:
     2 CPU cores.
   deep: the same at t = 8, which the answers alone do not teach in as many
     tokens: each pass is told to make two updates, and t and N grow together.
-  tiny: under a minute, for tests; learns nothing much.
+  tiny: seconds, and the time to compile, for tests; learns nothing much.
   paper: 4 strings of 24 bits, t = 32, d = 256, 4 layers; for an accelerator.
 A comma adds a baseline of `sleep_jax/baselines.py`: `:pocket,deeper`.
 T counts the answer marker, the labels, and the end token after them: the

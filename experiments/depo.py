@@ -8,7 +8,7 @@ hops on from another (paper, section 6). `eval/hops_K/loss` and `accuracy` are
 those of questions of k hops alone, over cycles of full length. Sizes:
   pocket (default): 12 nodes; 1, 2, 4 or 8 hops (4 the other way round), 1
     window; minutes on 2 CPU cores.
-  tiny: under a minute, for tests; learns nothing much.
+  tiny: seconds, and the time to compile, for tests; learns nothing much.
   paper: 75 nodes, up to 16 hops, 4 windows, 4 layers, d = 256; for an
     accelerator, never run.
   paper_10_layers: the same with 10 layers, d = 512: the paper's text and its

@@ -53,6 +53,7 @@ _STYLES = [
 ]
 _GREY = "#777777"
 _FLOOR = "best constant answer"
+_PASSES = re.compile(r"N = ([1-9]\d*)")
 _MOST_BESIDE = 4
 
 
@@ -297,6 +298,8 @@ def study_curves(
       if x == "FLOPs":
         cost = studies.step_flops(seeds[0], counted)
       _draw_curves(axis, curves, styles[label], label, cost)
+    if panel.floor is not None:
+      axis.axhline(panel.floor, color=_GREY, ls="--", lw=1, label=_FLOOR)
     axis.set_title(panel.title, loc="left", fontsize=10)
     axis.set_xlabel(f"training {x}")
     axis.set_xlim(left=0)
@@ -311,7 +314,8 @@ def study_by_depth(
 ) -> None:
   """Draws how runs end by depth, mean and 95% interval over seeds, to a PNG.
 
-  Where they differ by N alone, panels with what the paper prints stand beside.
+  Where they differ by N alone, panels with what the paper prints stand beside;
+  else where there is one depth the lines stand side by side.
 
   Args:
     lines: label -> its seeds, of all depths.
@@ -321,29 +325,34 @@ def study_by_depth(
     ValueError: matplotlib is missing, or there are too many labels.
   """
   printed: Mapping[str, Mapping[str, Mapping[int, float]]] = {}
-  if all(re.fullmatch(r"N = \d+", label) for label in lines):
-    task = next(iter(lines.values()))[0].config["task"]["name"]
-    printed = studies.PAPER.get(task, {})
+  every = [run for runs in lines.values() for run in runs]
+  if all(map(_PASSES.fullmatch, lines)):
+    printed = studies.PAPER.get(every[0].config["task"]["name"], {})
   labels = [*lines, *(label for panel in printed.values() for label in panel)]
   styles = _styles(dict.fromkeys(labels))
   figure, (panel, *others) = _panels(1 + len(printed))
   floors: dict[int, float] = {}
-  for i, (label, some) in enumerate(lines.items()):
+  for run in every:
+    for depth, score in studies.scores_by_depth(run).items():
+      floors[depth] = max(score["floor"], floors.get(depth, 0.0))
+  depths = sorted(floors)
+  unit = studies.depth_unit(every)
+  beside = len(depths) == 1 and not printed
+  apart = 0.8 / len(lines) if beside else 0.06
+  places = apart * (np.arange(len(lines)) - (len(lines) - 1) / 2)
+  for place, (label, some) in zip(places, lines.items(), strict=True):
     scores: dict[float, list] = {}
     for run in some:
       for depth, score in studies.scores_by_depth(run).items():
-        at = depth + 0.06 * (i - (len(lines) - 1) / 2)
-        scores.setdefault(at, []).append(score["accuracy"])
-        floors[depth] = max(score["floor"], floors.get(depth, 0.0))
-    _draw_means(panel, scores, styles[label], label)
-  depths = sorted(floors)
-  panel.plot(
-    depths,
+        scores.setdefault(depth + place, []).append(score["accuracy"])
+    _draw_means(panel, scores, styles[label], None if beside else label)
+  panel.hlines(
     [floors[depth] for depth in depths],
+    np.array(depths) - 0.45,
+    np.array(depths) + 0.45,
     color=_GREY,
     ls="--",
-    marker="_",  # seen also where there is one depth
-    ms=16,
+    lw=1,
     label=_FLOOR,
   )
   panel.set_xticks(depths)
@@ -358,9 +367,15 @@ def study_by_depth(
     other.set_title(title, loc="left", fontsize=9)
     other.set_xticks(list(by_depth))
     other.set_xlim(min(by_depth) - 1, max(by_depth) + 1)
-  for panel in figure.axes:
-    panel.set_xlabel("depth")
-    panel.set_ylim(0, 1.02)
+  for axis in figure.axes:
+    axis.set_xlabel(unit)
+    axis.set_ylim(0, 1.02)
+  if beside:
+    panel.set_xticks(
+      depths[0] + places, list(lines), rotation=30, ha="right", fontsize=8
+    )
+    panel.set_xlabel("")
+    panel.set_title(f"{unit} = {depths[0]}", loc="left", fontsize=10)
   _save(figure, path)
 
 
@@ -384,10 +399,11 @@ def study_by_test_passes(
           by_n.setdefault(n, []).append(score["accuracy"])
   styles = _styles(lines)
   figure, panels = _panels(len(scores))
+  unit = studies.depth_unit([run for runs in lines.values() for run in runs])
   for panel, depth in zip(panels, sorted(scores), strict=True):
     for label, by_n in scores[depth].items():
       _draw_means(panel, by_n, styles[label], label)
-    panel.set_title(f"depth {depth}", loc="left", fontsize=10)
+    panel.set_title(f"{unit} = {depth}", loc="left", fontsize=10)
     panel.set_xlabel("passes N when judged")
     panel.set_ylim(0, 1.02)
   panels[0].set_ylabel("exact accuracy, held out")
@@ -504,13 +520,12 @@ def main() -> None:
     parser.error("give --from or --workdirs")
   out = Path(arguments.out)
   try:
-    out.mkdir(parents=True, exist_ok=True)
     if arguments.study is not None:
       print(*draw_folder(arguments.study, out), sep="\n")
     else:
       print(*_draw_workdirs(parser, arguments, out), sep="\n")
   except (OSError, ValueError) as error:
-    parser.error(str(error))
+    parser.exit(2, f"error: {error}\n")
 
 
 def _draw_workdirs(parser, arguments, out: Path) -> list[Path]:
@@ -577,12 +592,19 @@ def _accuracies(scores: Mapping[str, Any]) -> np.ndarray:
 
 
 def _styles(labels: Mapping[str, Any]) -> dict[str, _Style]:
+  """A style each; that of "N = n" alone is the same in every figure."""
   if len(labels) > len(_STYLES):
     raise ValueError(
       f"{len(labels)} labels cannot be told apart in one figure: draw at most"
       f" {len(_STYLES)}"
     )
-  return dict(zip(labels, _STYLES, strict=False))
+  found = {
+    label: _STYLES[int(said[1]) - 1]
+    for label in labels
+    if (said := _PASSES.fullmatch(label)) and int(said[1]) <= len(_STYLES)
+  }
+  left = (style for style in _STYLES if style not in found.values())
+  return {label: found.get(label) or next(left) for label in labels}
 
 
 def _panels(count: int) -> tuple[Any, Sequence[Any]]:
@@ -626,6 +648,7 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
     ncols=columns,
     frameon=False,
   )
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=160)
 
 

@@ -3,9 +3,9 @@
   python -m experiments.main --config=experiments/math.py
 
 Sizes, as in `--config=experiments/math.py:tiny`:
-  pocket (default): 8 minutes on one CPU core.
-  tiny: under a minute, for tests; learns nothing much.
-  evening: 40 minutes on 2 cores, as deep as it goes.
+  pocket (default): 7 to 15 minutes on one CPU core.
+  tiny: seconds, and the time to compile, for tests; learns nothing much.
+  evening: an hour on one CPU core, as deep as it goes.
   hybrid_2b: the shapes of a 2B hybrid, from scratch, for a slice of TPUs.
   ouro_1_4b, jet_nemotron_2b: the paper's pretrained models, after
 

@@ -123,9 +123,13 @@ _RECIPES: Mapping[str, Mapping[str, Any]] = {
   "curriculum": _ALONE,
 }
 _SHORT = {"run.steps": 2000}
+_OFTEN = {"run.evaluate_every": 200}
 _TRIED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-  "growing": ("0,1", {"task.curriculum": "((14400,2),(14400,4),(12800,6))"}),
-  "plain": ("0,1,2", _AT_ONCE | _ALONE),
+  "growing": (
+    "0,1",
+    _OFTEN | {"task.curriculum": "((14400,2),(14400,4),(12800,6))"},
+  ),
+  "plain": ("0,1,2", _OFTEN | _AT_ONCE | _ALONE),
   "pass_loss": ("0", _AT_ONCE),
 }
 _SIX = {"task.steps": 6, "sleep.passes": 3, "run.steps": 1000}

@@ -13,6 +13,7 @@ import ast
 import functools
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ _CLAIMS_HEAD = """## The paper's claims, and our questions, at this scale
 Each difference is of mean accuracies, with a 95% interval: seed by seed where
 both sides have the same seeds, else Welch's. **Shown**: the interval is above
 0. **Opposite**: it is below 0. *Not shown*: it holds 0; with few seeds that
-says little. *No spread*: all seeds agree, and nothing is known of others. Of so
+says little. *Too few seeds*: one side has one. *No spread*: all seeds agree, and
+nothing is known of others. *Not run*: a side has no run. Beside a claim stands
+how often each was found; they are of several tasks and depths, and no vote. Of so
 many intervals one in twenty misses by chance. Seeds change the initial
 parameters, and the questions only where a study says so. A depth is t, hops or
 operations; where one side is near 0 or 1 there is little left to gain. What is
@@ -325,7 +328,7 @@ def _claims(read: _Read) -> str:
 
   rows = [_CLAIMS_HEAD]
   for claim in plan.CLAIMS:
-    lines, missing = [], []
+    lines, missing, verdicts = [], [], Counter()
     for name, plus, minus in claim.contrasts:
       value = studies.difference_and_interval(
         list(map(accuracies, plus)), list(map(accuracies, minus))
@@ -334,9 +337,11 @@ def _claims(read: _Read) -> str:
         missing.append(name)
       else:
         lines.append(f"{name} | {_mean(value, '+')} | {verdict(*value)} |")
+      verdicts[verdict(*value).strip("*")] += 1
     if missing:
       lines.append(f"{'; '.join(missing)} | | {verdict(None, None, None)} |")
-    rows.append(f"| {claim.says} | {claim.source} | {lines[0]}")
+    counts = ", ".join(f"{n} {said}" for said, n in verdicts.most_common())
+    rows.append(f"| {claim.says} ({counts}) | {claim.source} | {lines[0]}")
     rows += [f"| | | {line}" for line in lines[1:]]
   return "\n".join(rows) + "\n"
 
@@ -433,7 +438,7 @@ def main() -> None:
     write_atomically(counts, text)
     print(_HERE / "RESULTS.md", *draw(results, counted), sep="\n")
   except (OSError, ValueError) as error:
-    parser.error(str(error))
+    parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ _NAMES = {
 }
 # The setting that is a task's depth, where a run has only one.
 _DEPTHS = {"rule110": "task.steps"}
+_DEPTH_UNITS = {"rule110": "t", "depo": "hops", "gsm_infinite": "operations"}
 # What the paper prints of accuracy by depth, at its scale: task -> title of a
 # panel -> label -> depth -> accuracy. That of Rule 110 is read off its figure.
 PAPER: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]] = {
@@ -40,12 +41,13 @@ PAPER: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]] = {
     },
   },
   "gsm_infinite": {
-    "paper, Jet-Nemotron 2B": {
+    "paper, Jet-Nemotron 2B (2, 4: all N above 0.97)": {
       "N = 1": {6: 0.742, 8: 0.351},
       "N = 6": {6: 0.812, 8: 0.388},
     },
-    "paper, Ouro 1.4B": {
+    "paper, Ouro 1.4B (2, 4: all N 0.86 to 0.93)": {
       "N = 1": {6: 0.419, 8: 0.210},
+      "N = 2": {8: 0.209},
       "N = 4": {6: 0.615, 8: 0.272},
     },
     "paper, Ouro 1.4B, sliding": {
@@ -105,11 +107,16 @@ class Run(NamedTuple):
 
 
 class Panel(NamedTuple):
-  """What one panel of curves shows: of these runs, this metric."""
+  """What one panel of curves shows: of these runs, this metric.
+
+  Attributes:
+    floor: what the best constant answer scores, of an accuracy at one depth.
+  """
 
   title: str
   runs: Sequence[Run]
   metric: str
+  floor: float | None = None
 
 
 def read_run(folder: str | os.PathLike) -> Run:
@@ -230,6 +237,11 @@ def depth_setting(runs: Sequence[Run]) -> str | None:
   return _DEPTHS.get(runs[0].config["task"]["name"])
 
 
+def depth_unit(runs: Sequence[Run]) -> str:
+  """What the depth of the task counts."""
+  return _DEPTH_UNITS[runs[0].config["task"]["name"]]
+
+
 def panels(runs: Sequence[Run]) -> list[Panel]:
   """One for each depth; its metric is judged on the way.
 
@@ -238,17 +250,22 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
   if depth_setting(runs):
     metric = f"eval/{_split(runs)}/accuracy"
     return [
-      Panel(label, some, metric) for label, some in by_depth(runs).items()
+      Panel(label, some, metric, _floor(some))
+      for label, some in by_depth(runs).items()
     ]
   if runs[0].config["task"]["name"] == "depo":
     return [
       Panel(split.replace("_", " = "), runs, f"eval/{split}/loss")
       for split in runs[0].results
     ]
-  split = _split(runs)
   return [
-    Panel(f"depth {depth}", runs, f"eval/{split}/depth_{depth}")
-    for depth in sorted(runs[0].results[split]["depth"], key=int)
+    Panel(
+      f"{depth_unit(runs)} = {depth}",
+      runs,
+      accuracy_metric(runs[0], depth),
+      _floor(runs, depth),
+    )
+    for depth in sorted(scores_by_depth(runs[0]))
   ]
 
 
@@ -409,6 +426,16 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
   lines = [rows[0].keys(), ["---"] * len(rows[0])]
   lines += [[row.get(name, "") for name in rows[0]] for row in rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _floor(runs: Sequence[Run], depth: int | None = None) -> float:
+  """The highest of the runs' floors, at one of their depths or at their own."""
+  return max(
+    score["floor"]
+    for run in runs
+    for at, score in scores_by_depth(run).items()
+    if depth in (at, None)
+  )
 
 
 def _split(runs: Sequence[Run]) -> str:

@@ -218,6 +218,7 @@ def run_points(points: Sequence[Point], jobs: int) -> dict[str, str]:
             except OSError as error:  # a full disk
               del running[point]
               ends[point.name] = f"cannot be started: {error}"
+              ended += 1
               continue
             if point not in began:
               other = running[point] is None
@@ -281,10 +282,10 @@ def table(points: Sequence[Point]) -> list[dict[str, Any]]:
     }
     for split in results[0]:
       sets = {"all": [result[split]["overall"] for result in results]}
-      sets |= {
-        depth: [result[split]["depth"][depth] for result in results]
-        for depth in results[0][split]["depth"]
-      }
+      # With few examples some depth may not have been drawn for every seed.
+      for by_depth in (result[split]["depth"] for result in results):
+        for depth, score in by_depth.items():
+          sets.setdefault(depth, []).append(score)
       for depth, scores in sets.items():
         values = once | {
           name: [score[name] for score in scores]
@@ -296,7 +297,7 @@ def table(points: Sequence[Point]) -> list[dict[str, Any]]:
             run.metrics[-1][f"eval/{split}/loss"] for run in runs
           ]
         row = dict(zip(paths, key, strict=True))
-        row |= {"seeds": len(seeds), "split": split, "depth": depth}
+        row |= {"seeds": len(scores), "split": split, "depth": depth}
         for name in _MEASURED:
           mean, low, high = studies.mean_and_interval(values.get(name, ()))
           row |= {name: mean, f"{name}_low": low, f"{name}_high": high}

@@ -149,17 +149,20 @@ def test_the_command_draws_both_figures(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
+    (["--from=nowhere", "--out=o"], "error: nowhere: no folder in it has a"),
     (["--workdirs=a,b", "--labels=x", "--out=o"], "2 --workdirs but 1"),
     (["--workdirs=nowhere", "--out=o"], "nowhere has no metrics.jsonl"),
   ],
 )
 def test_the_command_says_what_is_missing(
-  monkeypatch, capsys, arguments, message
+  monkeypatch, capsys, tmp_path, arguments, message
 ):
+  monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "argv", ["figures", *arguments])
   with pytest.raises(SystemExit):
     figures.main()
   assert message in capsys.readouterr().err
+  assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -239,18 +242,21 @@ def test_a_study_is_drawn(drawn, study, tmp_path):
   depths, tokens, flops, transposed = drawn
   # Paper, figure 2b: a panel for each t, a line for each N; 2a the other way.
   assert [x.get_title(loc="left") for x in tokens.axes] == ["t = 2", "t = 8"]
-  assert legend(tokens) == ["N = 1", "N = 4"]
+  assert legend(tokens) == ["N = 1", "N = 4", "best constant answer"]
   assert [x.get_title(loc="left") for x in transposed.axes] == [
     "N = 1",
     "N = 4",
   ]
   assert legend(transposed) == ["t = 2", "t = 8"]
+  assert depths.axes[0].get_xlabel() == "t"
   config = from_config_dict(automaton.get_config("tiny"))
   per_step = config.data.batch_size * config.data.length
   thick = [x for x in tokens.axes[1].lines if x.get_label() == "N = 4"][0]
   np.testing.assert_allclose(thick.get_xdata(), [10 * per_step, 20 * per_step])
   np.testing.assert_allclose(thick.get_ydata(), [0.325, 0.65])
-  assert len(tokens.axes[1].lines) == 2 * (3 + 1)
+  *curves, floor = tokens.axes[1].lines
+  assert len(curves) == 2 * (3 + 1)
+  np.testing.assert_allclose(floor.get_ydata(), 0.8)
   # More passes cost more, per step, than fewer.
   ends = {x.get_label(): x.get_xdata()[-1] for x in flops.axes[0].lines}
   assert ends["N = 4"] > 1.3 * ends["N = 1"] > 0
@@ -266,8 +272,34 @@ def test_a_study_is_drawn(drawn, study, tmp_path):
   # Three seeds 0.05 apart: Student's 4.303 x 0.05 / sqrt(3).
   (low, high), *_ = bars.lines[2][0].get_segments()
   assert high[1] - low[1] == pytest.approx(2 * 4.303 * 0.05 / 3**0.5, rel=1e-3)
-  floor = [x for x in panel.lines if x.get_label() == "best constant answer"]
-  np.testing.assert_allclose(floor[0].get_ydata(), [0.2, 0.8])
+  (floors,) = (x for x in panel.collections if x.get_label() == floor._label)
+  heights = [segment[:, 1].tolist() for segment in floors.get_segments()]
+  assert heights == [[0.2, 0.2], [0.8, 0.8]]
+
+
+def test_lines_of_one_depth_stand_side_by_side(drawn, tmp_path):
+  for passes in (1, 2):
+    for rule in ("delta", "kda"):
+      folder = tmp_path / f"study/{rule}{passes}"
+      write_run(folder, 4, passes, 0, 0.5)
+      config = json.loads((folder / "config.json").read_text())
+      config["model"]["update_rule"] = rule
+      (folder / "config.json").write_text(json.dumps(config))
+  lines = studies.by_setting(studies.read_study(tmp_path / "study"))
+  figures.study_by_depth(lines, tmp_path / "a.png")
+  (panel,) = drawn[0].axes
+  names = [x.get_text() for x in panel.get_xticklabels()]
+  assert names == ["delta, N = 1", "delta, N = 2", "kda, N = 1", "kda, N = 2"]
+  at = [x.lines[0].get_xdata()[0] for x in panel.containers]
+  np.testing.assert_allclose(at, panel.get_xticks())
+  assert legend(drawn[0]) == ["best constant answer"]
+
+
+def test_n_has_one_colour_in_all_figures():
+  few = figures._styles(dict.fromkeys(["deeper", "N = 4", "N = 1", "N = 90"]))
+  many = figures._styles(dict.fromkeys([f"N = {n}" for n in range(1, 9)]))
+  assert (few["N = 1"], few["N = 4"]) == (many["N = 1"], many["N = 4"])
+  assert len(set(few.values())) == 4 and len(set(many.values())) == 8
 
 
 def test_what_is_no_study_is_refused(study, tmp_path):
@@ -351,7 +383,7 @@ def test_passes_when_judged_are_drawn(drawn, study, tmp_path):
   lines = studies.by_setting(runs, ["task.steps"])
   figures.study_by_test_passes(lines, tmp_path / "a.png")
   (panel,) = drawn[0].axes
-  assert panel.get_title(loc="left") == "depth 2"
+  assert panel.get_title(loc="left") == "t = 2"
   assert legend(drawn[0]) == ["N = 4"]
   (bars,) = panel.containers
   np.testing.assert_allclose(bars.lines[0].get_xydata(), [(1, 0.2), (8, 0.9)])

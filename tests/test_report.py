@@ -1,12 +1,13 @@
 """RESULTS.md says what the runs say, and no more."""
 
+import importlib
 import json
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import automaton, plan, report, studies
+from experiments import automaton, plan, report, studies, sweep
 
 RESULTS = report._HERE / "results"
 
@@ -77,6 +78,22 @@ def test_the_committed_flops_are_those_of_the_step():
   studies.step_flops(run, counted)
   ((key, flops),) = counted.items()
   assert known[key] == flops
+
+
+def test_the_printed_commands_skip_the_committed_runs():
+  read = report._reader(RESULTS)
+  for one in (one for study in plan.STUDIES for one in study.sweeps):
+    if "," in one.config:  # a baseline is sized by FLOPs, which take long
+      continue
+    name, _, size = one.config.partition(".py")
+    module = importlib.import_module(f"experiments.{name}")
+    base = module.get_config(size.removeprefix(":") or "pocket")
+    base = sweep._overridden(base, one.overrides)
+    points = sweep.make_points(
+      one.config, base, one.overrides, one.grids, RESULTS / one.folder
+    )
+    done = sum(map(sweep.is_done, points))  # refuses runs of another config
+    assert (done, len(points)) == report._progress(read, one), one.folder
 
 
 def test_what_is_missing_is_not_run(tmp_path, counted):

@@ -336,6 +336,23 @@ def test_the_table_is_over_the_seeds_of_each_setting(tmp_path, monkeypatch):
   )
 
 
+def test_a_depth_that_one_seed_lacks_is_of_the_others(tmp_path, monkeypatch):
+  monkeypatch.setattr("sleep_jax.baselines.training_flops", lambda config: 1)
+  points = make_points(tmp_path, "data.seed=0,1")
+  for point, accuracy in zip(points, (0.2, 0.6), strict=True):
+    finish(point, accuracy)
+  found = results(0.6)
+  found["heldout"]["depth"]["7"] = found["heldout"]["overall"]
+  (points[1].folder / "results.json").write_text(json.dumps(found))
+  rows = {row["depth"]: row for row in sweep.table(points)}
+  assert {depth: row["seeds"] for depth, row in rows.items()} == {
+    "all": 2,
+    "4": 2,
+    "7": 1,
+  }
+  assert rows["7"]["accuracy"] == 0.6 and rows["7"]["accuracy_low"] is None
+
+
 def test_a_slurm_array_has_a_task_for_each_point(tmp_path):
   points = make_points(tmp_path, "run.seed=0,1,2")
   points = acting(points, *("print('seed', {folder!r}[-1])" for _ in points))

@@ -10,6 +10,11 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str):
+    self.exit(2, f"{self.prog}: {message}\n")
+
+
 def read_lines(
   path: str | pathlib.Path, parse: Callable[[str, int], _T]
 ) -> Iterator[_T]:
@@ -43,7 +48,7 @@ def parsers(
     task: the package, as in `python -m sleep_jax.tasks.<task>`.
     commands: (help, arguments -> exit status) by name; each takes a file.
   """
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog=f"python -m sleep_jax.tasks.{task}",
     description=description,
     formatter_class=argparse.RawDescriptionHelpFormatter,
