@@ -92,8 +92,8 @@ def _matched(folder: str, config: str) -> list[Sweep]:
   ]
 
 
-# Attention learns first, keeping all; then fast weights are inserted, as into a
-# pretrained model.
+# Attention is trained first, keeping all; then fast weights are inserted, as
+# into a pretrained model.
 _PATTERN = {"model.pattern": '((("attn", "inserted_jet"), 2),)'}
 _PRETRAINED = Sweep(
   "rule110-pretrained",
@@ -336,7 +336,7 @@ STUDIES: Sequence[Study] = (
   Study(
     "Warm-up of new layers",
     "rule110-warmup",
-    "Fast weights inserted into attention that has learnt the task with all"
+    "Fast weights inserted into attention that was trained on the task with all"
     " in its cache (folder rule110-pretrained), then trained with sliding"
     " eviction; in a third of the steps the new layers alone, under hard or"
     " under sliding eviction. Needs the checkpoint of the first command,"
@@ -358,6 +358,8 @@ STUDIES: Sequence[Study] = (
         for name, stage in _WARMUPS.items()
       ),
     ],
+    notes="The attention alone, with all in its cache, is right on 0.556 of"
+    " the held-out rows.",
   ),
   Study(
     "Other numbers of passes when judged",

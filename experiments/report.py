@@ -49,14 +49,14 @@ _CLAIMS_HEAD = """## The paper's claims, and our questions, at this scale
 Each difference is of mean accuracies, with a 95% interval: seed by seed where
 both sides have the same seeds, else Welch's. **Shown**: the interval is above
 0. **Opposite**: it is below 0. *Not shown*: it holds 0; with few seeds that
-says little. *Too few seeds*: one side has one. *No spread*: all seeds agree, and
-nothing is known of others. *Not run*: a side has no run. Beside a claim stands
-how often each was found; they are of several tasks and depths, and no vote. Of so
-many intervals one in twenty misses by chance. Seeds change the initial
-parameters, and the questions only where a study says so. A depth is t, hops or
-operations; where one side is near 0 or 1 there is little left to gain. What is
-compared was trained with one and the same learning rate; where one was chosen,
-for Depo and math, it was on runs that sleep.
+says little. *Too few seeds*: one side has one. *No spread*: all seeds agree,
+and nothing is known of others. *Not run*: a side has no run. Beside a claim
+stands how often each was found; they are of several tasks and depths, and no
+vote. Of so many intervals one in twenty misses by chance. Seeds change the
+initial parameters, and the questions only where a study says so. A depth is t,
+hops or operations; where one side is near 0 or 1 there is little left to gain.
+What is compared was trained with one and the same learning rate; where one was
+chosen, for Depo and math, it was on runs that sleep.
 
 | claim | source | difference | value | verdict |
 | --- | --- | --- | --- | --- |"""
