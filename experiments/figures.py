@@ -331,11 +331,8 @@ def study_by_depth(
   labels = [*lines, *(label for panel in printed.values() for label in panel)]
   styles = _styles(dict.fromkeys(labels))
   figure, (panel, *others) = _panels(1 + len(printed))
-  floors: dict[int, float] = {}
-  for run in every:
-    for depth, score in studies.scores_by_depth(run).items():
-      floors[depth] = max(score["floor"], floors.get(depth, 0.0))
-  depths = sorted(floors)
+  floors = studies.floors(every)
+  depths = list(floors)
   unit = studies.depth_unit(every)
   beside = len(depths) == 1 and not printed
   apart = 0.8 / len(lines) if beside else 0.06
@@ -347,7 +344,7 @@ def study_by_depth(
         scores.setdefault(depth + place, []).append(score["accuracy"])
     _draw_means(panel, scores, styles[label], None if beside else label)
   panel.hlines(
-    [floors[depth] for depth in depths],
+    list(floors.values()),
     np.array(depths) - 0.45,
     np.array(depths) + 0.45,
     color=_GREY,

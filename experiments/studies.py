@@ -250,7 +250,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
   if depth_setting(runs):
     metric = f"eval/{_split(runs)}/accuracy"
     return [
-      Panel(label, some, metric, _floor(some))
+      Panel(label, some, metric, max(floors(some).values()))
       for label, some in by_depth(runs).items()
     ]
   if runs[0].config["task"]["name"] == "depo":
@@ -263,9 +263,9 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
       f"{depth_unit(runs)} = {depth}",
       runs,
       accuracy_metric(runs[0], depth),
-      _floor(runs, depth),
+      floor,
     )
-    for depth in sorted(scores_by_depth(runs[0]))
+    for depth, floor in floors(runs).items()
   ]
 
 
@@ -289,6 +289,15 @@ def scores_by_depth(run: Run) -> dict[int, Mapping[str, Any]]:
     }
   depths = run.results[_split([run])]["depth"]
   return {int(depth): scores for depth, scores in depths.items()}
+
+
+def floors(runs: Sequence[Run]) -> dict[int, float]:
+  """Depth, ascending -> the highest that a constant answer scores on a run."""
+  found: dict[int, float] = {}
+  for run in runs:
+    for depth, score in scores_by_depth(run).items():
+      found[depth] = max(score["floor"], found.get(depth, 0.0))
+  return dict(sorted(found.items()))
 
 
 def accuracy_metric(run: Run, depth: int) -> str:
@@ -426,16 +435,6 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
   lines = [rows[0].keys(), ["---"] * len(rows[0])]
   lines += [[row.get(name, "") for name in rows[0]] for row in rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _floor(runs: Sequence[Run], depth: int | None = None) -> float:
-  """The highest of the runs' floors, at one of their depths or at their own."""
-  return max(
-    score["floor"]
-    for run in runs
-    for at, score in scores_by_depth(run).items()
-    if depth in (at, None)
-  )
 
 
 def _split(runs: Sequence[Run]) -> str:
