@@ -41,7 +41,7 @@ def read_lines(
 
 def parsers(
   task: str, description: str | None, commands: Mapping[str, tuple]
-) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+) -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
   """(the parser of a task's command line, that of each command by name).
 
   Args:
