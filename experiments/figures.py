@@ -497,7 +497,7 @@ def draw_folder(
   for name, draw in (("latency", latency), ("throughput", throughput)):
     if (folder / f"{name}.json").exists():
       drawn.append(out / f"{name}.png")
-      draw(json.loads((folder / f"{name}.json").read_text()), drawn[-1])
+      _draw_measured(draw, folder / f"{name}.json", drawn[-1])
   if drawn:
     return drawn
   for name, draw in study_figures(studies.read_study(folder), {}).items():
@@ -533,21 +533,24 @@ def _draw_workdirs(parser, arguments, out: Path) -> list[Path]:
   metrics: dict[str, list[Path]] = {}
   results: dict[str, list[dict]] = {}
   for label, workdir in zip(labels, workdirs, strict=True):
-    for name in ("metrics.jsonl", "results.json"):
-      if not (workdir / name).exists():
-        parser.error(f"{workdir} has no {name}: is the run finished?")
+    results.setdefault(label, []).append(studies.read_results(workdir))
     metrics.setdefault(label, []).append(workdir / "metrics.jsonl")
-    try:
-      result = json.loads((workdir / "results.json").read_text())
-    except ValueError:
-      parser.error(f"{workdir}/results.json is not JSON: judge the run again")
-    if not result:
-      parser.error(f"{workdir}/results.json holds no split")
-    results.setdefault(label, []).append(result)
+    if not metrics[label][-1].exists():
+      raise ValueError(f"{workdir} has no metrics.jsonl")
   drawn = [out / "accuracy_by_depth.png", out / "training_curves.png"]
   accuracy_by_depth(results, drawn[0])
   training_curves(metrics, drawn[1])
   return drawn
+
+
+def _draw_measured(draw, report: Path, path: Path) -> None:
+  try:
+    measured = json.loads(report.read_text())
+    if not measured["cells"]:
+      raise LookupError("no cells")
+    draw(measured, path)
+  except (json.JSONDecodeError, LookupError, TypeError) as error:
+    raise ValueError(f"{report} is no such report: {error!r}") from error
 
 
 def _draw_curves(axis, curves, style, label, scale: float = 1) -> None:

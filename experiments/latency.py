@@ -253,7 +253,7 @@ def table(report) -> str:
   """The cells, a line each."""
   header = (
     "         N  history  ms/token    p95  noise  tokens/s  stall ms"
-    "  state MB    KV MB"
+    " state MiB   KV MiB"
   )
   lines = [header]
   for x in report["cells"]:

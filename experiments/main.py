@@ -29,6 +29,16 @@ def fail(message: object):
   sys.exit(2)
 
 
+def said(error: Exception) -> str:
+  """In one line, what is wrong by an exception of the flags' parser."""
+  if isinstance(cause := next(iter(error.args), None), KeyError):
+    asked = " ".join(cause.args[0].split())
+    return f"the config has no {asked}; sleep_jax/config.py has all settings"
+  # What a config file raised comes with its traceback, the message last.
+  lines = str(error).strip().splitlines()
+  return lines[-1] if lines else type(error).__name__
+
+
 def config_name() -> str:
   """What runs of --config are called: <config>[-<size>][-<baseline>]."""
   name, _, size = config_flags.get_config_filename(
@@ -61,9 +71,7 @@ def parse(argv: list[str], needs_config: bool = True) -> list[str]:
   try:
     arguments = flags.FLAGS(argv)
   except Exception as error:  # a config file may raise anything
-    # What it raised comes with its traceback, the message last.
-    lines = str(error).strip().splitlines()
-    fail(lines[-1] if lines else type(error).__name__)
+    fail(said(error))
   if needs_config and CONFIG.value is None:
     fail("--config is missing: give a file, as --config=experiments/math.py")
   if len(arguments) > 1:

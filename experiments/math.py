@@ -288,7 +288,6 @@ SIZES = {
   "ouro_1_4b": ouro_1_4b,
   "jet_nemotron_2b": jet_nemotron_2b,
 }
-PRETRAINED = ("ouro_1_4b", "jet_nemotron_2b")
 VARIANTS = {"sliding": sliding, "shrink": shrink}
 
 

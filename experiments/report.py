@@ -53,10 +53,12 @@ says little. *Too few seeds*: one side has one. *No spread*: all seeds agree,
 and nothing is known of others. *Not run*: a side has no run. Beside a claim
 stands how often each was found; they are of several tasks and depths, and no
 vote. Of so many intervals one in twenty misses by chance. Seeds change the
-initial parameters, and the questions only where a study says so. A depth is t,
-hops or operations; where one side is near 0 or 1 there is little left to gain.
-What is compared was trained with one and the same learning rate; where one was
-chosen, for Depo and math, it was on runs that sleep.
+initial parameters, and the questions only where a study says so; the choice of
+the questions, the same for all, is in no interval: with 2,048 of them an
+accuracy of 0.3 is within 0.02 by that alone. A depth is t, hops or operations;
+where one side is near 0 or 1 there is little left to gain. What is compared was
+trained with one and the same learning rate; where one was chosen, for Depo and
+math, it was on runs that sleep.
 
 | claim | source | difference | value | verdict |
 | --- | --- | --- | --- | --- |"""
@@ -365,19 +367,23 @@ def _measured_claims(results: Path) -> str:
       " |"
     )
   if cells := _json(results / "throughput/throughput.json").get("cells"):
-    rate = {
-      (x["kind"], x["window"], x["passes"]): x["tokens"]
-      / np.median(x["seconds"])
+    # Of steps of as many tokens; each round ran all kinds in the same moment.
+    seconds = {
+      (x["kind"], x["window"], x["passes"]): np.array(x["seconds"])
       for x in cells
     }
-    longest, most = max(w for _, w, _ in rate), max(n for _, _, n in rate)
-    share = rate["windowed", longest, 1] / rate["parallel", longest, 1]
+    longest, most = max(w for _, w, _ in seconds), max(n for *_, n in seconds)
+    share = np.median(
+      seconds["parallel", longest, 1] / seconds["windowed", longest, 1]
+    )
     rows.append(
       "| Windows in sequence cost little in training | paper, figure 6a | under"
       f" 10% lost: tokens a second over the parallel step's, L = {longest} |"
       f" {share:.2f} | {_said(share > 0.9)} |"
     )
-    share = rate["sleeping", longest, most] / rate["sleeping", longest, 1]
+    share = np.median(
+      seconds["sleeping", longest, 1] / seconds["sleeping", longest, most]
+    )
     rows.append(
       "| Training's throughput falls as 1/N | paper, figure 6b | within 20% of"
       f" 1/{most}: tokens a second at N = {most} over N = 1 | {share:.2f} |"

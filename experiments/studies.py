@@ -88,7 +88,8 @@ class Run(NamedTuple):
   def finished(self) -> bool:
     """Whether its last step is judged: judging anew drops that line first."""
     last = self.metrics[-1] if self.metrics else {"step": -1}
-    return last["step"] == self.config["run"]["steps"] and "loss" not in last
+    judged = {f"eval/{split}/loss" for split in self.results} <= last.keys()
+    return judged and last["step"] == self.config["run"]["steps"]
 
   @property
   def seconds(self) -> float:
@@ -129,18 +130,9 @@ def read_run(folder: str | os.PathLike) -> Run:
   try:
     config = completed(json.loads((folder / "config.json").read_text()))
     metrics = read_metrics(folder / "metrics.jsonl")
-    results = json.loads((folder / "results.json").read_text())
+    results = _results(folder)
     # Also for what it says of a section or of the task.
     from_config_dict(config)
-    if not (
-      isinstance(results, dict)
-      and results
-      and all(map(_is_split, results.values()))
-    ):
-      raise ValueError(
-        "results.json does not hold splits as judging writes them: judge the "
-        "run again"
-      )
     surroundings = folder / "surroundings.json"
     found = json.loads(
       surroundings.read_text() if surroundings.exists() else "{}"
@@ -152,11 +144,40 @@ def read_run(folder: str | os.PathLike) -> Run:
     raise ValueError(f"{folder}: {error}") from error
 
 
+def read_results(folder: str | os.PathLike) -> dict[str, Any]:
+  """What results.json of a run's folder holds: its splits.
+
+  Raises:
+    ValueError: the file is missing, is not JSON, or does not hold splits.
+  """
+  try:
+    return _results(Path(folder))
+  except FileNotFoundError as error:
+    raise ValueError(f"{folder} has no results.json") from error
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from error
+
+
+def _results(folder: Path) -> dict[str, Any]:
+  results = json.loads((folder / "results.json").read_text())
+  if not (
+    isinstance(results, dict)
+    and results
+    and all(map(_is_split, results.values()))
+  ):
+    raise ValueError(
+      "results.json does not hold splits as judging writes them: judge the "
+      "run again"
+    )
+  return results
+
+
 def _is_split(split: Any) -> bool:
   if not (isinstance(split, dict) and isinstance(split.get("depth"), dict)):
     return False
   return all(
-    isinstance(scores, dict) and {"accuracy", "floor"} <= scores.keys()
+    isinstance(scores, dict)
+    and {"accuracy", "count", "floor", "label_floor"} <= scores.keys()
     for scores in (split.get("overall"), *split["depth"].values())
   )
 
@@ -334,8 +355,10 @@ def chance(run: Run) -> float | None:
   task = run.config["task"]
   if task["name"] == "rule110":
     return 0.5 ** task["strings"]
-  # A node of the cycle, whose names are drawn anew for each row.
-  return 1 / task["nodes"] if task["name"] == "depo" else None
+  if task["name"] == "depo":
+    # Another node than the one asked about: cycles have more than K nodes.
+    return 1 / (task["nodes"] - 1) if task["nodes"] > task["hops"] else None
+  return None
 
 
 def curve(lines: Sequence[Mapping], name: str) -> dict[int, float]:

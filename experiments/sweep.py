@@ -127,10 +127,8 @@ def make_points(
       }
       checked = from_config_dict(config)
     except Exception as error:  # flags raise anything; the last line says what
-      said = " ".join(f"{path}={text}" for path, text in texts.items())
-      raise ValueError(
-        f"--grid, at {said}: {str(error).strip().splitlines()[-1]}"
-      ) from error
+      at = " ".join(f"{path}={text}" for path, text in texts.items())
+      raise ValueError(f"--grid, at {at}: {command.said(error)}") from error
     workdir = folder / _name(settings)
     point = Point(
       settings,
@@ -400,6 +398,8 @@ def main(_):
         print(slurm(left))
       return
     if given.table_only:
+      if not folder.exists():
+        raise ValueError(f"there is no folder {folder}: name it by --workdir")
       ends = {
         point.name: "not done" if point in left else _DONE for point in points
       }

@@ -55,6 +55,8 @@ def train_step_flops(config: ExperimentConfig, vocabulary_size: int) -> Flops:
 def training_flops(config: ExperimentConfig) -> int:
   """Of all optimizer steps of a run; judging and evaluations not included.
 
+  The steps of a first stage count as the others do.
+
   Raises:
     ValueError: the task or the tokenizer cannot be made.
   """

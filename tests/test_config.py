@@ -173,7 +173,8 @@ def run_tiny(*arguments, **options):
 @pytest.mark.parametrize(
   "arguments, words",
   [
-    (["--config.sleep.pases=4"], ["pases"]),
+    (["--config.sleep.pases=4"], ["has no 'pases'", '"passes" instead']),
+    (["--config.sleep.nope=4"], ["has no 'nope'; sleep_jax/config.py"]),
     (["--config.sleep.passes=four"], ["passes", "four"]),
     (["--config.sleep.passes=0"], ["sleep.passes = 0", "at least 1"]),
     (["sleep.passes=4"], ["sleep.passes=4", "--config.LEAF"]),

@@ -266,6 +266,10 @@ def test_bad_settings_are_named(settings):
   assert f"task.{field} = {value!r}: use" in str(error.value)
 
 
+def test_names_of_any_length_are_counted_at_once():
+  DepoConfig(name_length=(1, 10**9))
+
+
 def test_too_few_names():
   with pytest.raises(ValueError, match="there are 12 names"):
     DepoConfig(nodes=13, mini_vocab=3)

@@ -13,20 +13,27 @@ from sleep_jax.config import from_config_dict
 pytest.importorskip("matplotlib")
 from matplotlib.image import imread  # noqa: E402
 
+# Of scores, what these tests do not look at.
+REST = {"count": 8, "label_floor": 0.5}
+
 
 def scores(accuracy, interval, floor):
-  return {"accuracy": accuracy, "interval": interval, "floor": floor}
+  return REST | {"accuracy": accuracy, "interval": interval, "floor": floor}
 
 
 def results(shift=0.0):
   return {
     "heldout": {
+      "overall": scores(0.4 + shift, [0.3, 0.5], 0.2),
       "depth": {
         "2": scores(0.8 + shift, [0.7 + shift, 0.9 + shift], 0.3),
         "10": scores(0.0, [0.0, 0.2], 0.1),
-      }
+      },
     },
-    "deeper": {"depth": {"16": scores(0.5, [0.45, 0.6], 0.25)}},
+    "deeper": {
+      "overall": scores(0.5, [0.45, 0.6], 0.25),
+      "depth": {"16": scores(0.5, [0.45, 0.6], 0.25)},
+    },
   }
 
 
@@ -151,7 +158,7 @@ def test_the_command_draws_both_figures(tmp_path, monkeypatch, capsys):
   [
     (["--from=nowhere", "--out=o"], "error: nowhere: no folder in it has a"),
     (["--workdirs=a,b", "--labels=x", "--out=o"], "2 --workdirs but 1"),
-    (["--workdirs=nowhere", "--out=o"], "nowhere has no metrics.jsonl"),
+    (["--workdirs=nowhere", "--out=o"], "nowhere has no results.json"),
   ],
 )
 def test_the_command_says_what_is_missing(
@@ -166,19 +173,33 @@ def test_the_command_says_what_is_missing(
 
 
 @pytest.mark.parametrize(
-  "text, message", [("{", "not JSON"), ("{}", "no split")]
+  "option, name, text, message",
+  [
+    ("workdirs", "results.json", "{", "Expecting"),
+    ("workdirs", "results.json", "{}", "does not hold splits"),
+    ("workdirs", "results.json", '{"heldout": 1}', "does not hold splits"),
+    ("workdirs", "results.json", "[1]", "does not hold splits"),
+    *(
+      ("from", f"{name}.json", text, f"{name}.json is no such report")
+      for name in ("latency", "throughput")
+      for text in ("{", "{}", "[]", '{"cells": [1]}', '{"cells": []}')
+    ),
+  ],
 )
 def test_the_command_says_what_cannot_be_read(
-  tmp_path, monkeypatch, capsys, text, message
+  tmp_path, monkeypatch, capsys, option, name, text, message
 ):
-  (tmp_path / "results.json").write_text(text)
+  (tmp_path / name).write_text(text)
   write_metrics(tmp_path / "metrics.jsonl", [1.0])
+  out = tmp_path / "x"
   monkeypatch.setattr(
-    sys, "argv", ["figures", f"--workdirs={tmp_path}", f"--out={tmp_path}/x"]
+    sys, "argv", ["figures", f"--{option}={tmp_path}", f"--out={out}"]
   )
-  with pytest.raises(SystemExit):
+  with pytest.raises(SystemExit) as ended:
     figures.main()
-  assert message in capsys.readouterr().err
+  (line,) = capsys.readouterr().err.splitlines()
+  assert ended.value.code == 2 and message in line
+  assert str(tmp_path) in line and not out.exists()
 
 
 def test_more_labels_than_colours_are_refused(tmp_path):
@@ -219,7 +240,7 @@ def write_run(folder, steps, passes, seed, accuracy, loss=0.5):
     for step, x in ((10, accuracy / 2), (20, accuracy))
   ]
   (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-  score = {"accuracy": accuracy, "floor": 0.1 * steps}
+  score = REST | {"accuracy": accuracy, "floor": 0.1 * steps}
   found = {"heldout": {"overall": score, "depth": {str(steps): score}}}
   (folder / "results.json").write_text(json.dumps(found))
 

@@ -17,8 +17,11 @@ from sleep_jax.training.step import init_params
 from tests import hf_folders
 from tests.test_convert import names_and_shapes
 
-SHRUNK = [f"{x},shrink" for x in math.PRETRAINED]
-SHRUNK.append("ouro_1_4b,sliding,shrink")
+SHRUNK = (
+  "ouro_1_4b,shrink",
+  "jet_nemotron_2b,shrink",
+  "ouro_1_4b,sliding,shrink",
+)
 
 
 def parameters(config):

@@ -146,7 +146,8 @@ def test_names_are_those_of_folders_and_tell_points_apart(tmp_path):
     ("passes=2", "'passes=2': give PATH=VALUE,VALUE"),
     ("sleep.passes 2", "'sleep.passes 2': give"),
     ("sleep.passes=1 sleep.passes=2", "sleep.passes is set twice"),
-    ("sleep.pases=1", 'at sleep.pases=1: .*"passes" instead'),
+    ("sleep.pases=1", 'at sleep.pases=1: .* no .*"passes" instead'),
+    ("sleep.nope=1", "at sleep.nope=1: the config has no 'nope'; "),
     ("sleep.passes=1,two", "at sleep.passes=two: .*invalid literal"),
     ("sleep.passes=1,,2", "at sleep.passes=: .*invalid literal"),
     (
@@ -195,16 +196,20 @@ def test_what_is_done_is_left_alone_and_what_fails_stops_nothing(
   assert codes == ["done", "exit code 5", "exit code 5", "done"]
 
 
-@pytest.mark.parametrize("damage", ["results.json", "metrics.jsonl", "cut"])
+@pytest.mark.parametrize(
+  "damage", ["results.json", "metrics.jsonl", "cut", "no loss"]
+)
 def test_half_of_what_a_run_leaves_is_not_done(tmp_path, damage):
   (point,) = make_points(tmp_path, "run.seed=0")
   assert not sweep.is_done(point)
   finish(point)
   assert sweep.is_done(point)
+  metrics = point.folder / "metrics.jsonl"
+  lines = metrics.read_text().splitlines(keepends=True)
   if damage == "cut":  # as of a run that is being judged again
-    metrics = point.folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(lines[:-1]))
+  elif damage == "no loss":
+    metrics.write_text("".join(lines[:-1]) + '{"step": 20}\n')
   else:
     (point.folder / damage).unlink()
   assert not sweep.is_done(point)

@@ -71,8 +71,12 @@ class DepoConfig:
     if problems:
       raise ValueError("; ".join(problems))
     shortest, longest = self.name_length
-    names = sum(self.mini_vocab**n for n in range(shortest, longest + 1))
-    if names < self.nodes:
+    names = 0
+    for length in range(shortest, longest + 1):
+      names += self.mini_vocab**length
+      if names >= self.nodes:  # numbers of any size
+        break
+    else:
       raise ValueError(
         f"task.nodes = {self.nodes}: there are {names} names of "
         f"task.name_length = {self.name_length} with task.mini_vocab = "
