@@ -132,6 +132,16 @@ _TRIED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
   "plain": ("0,1,2", _OFTEN | _AT_ONCE | _ALONE),
   "pass_loss": ("0", _AT_ONCE),
 }
+_SLOWER: Mapping[str, Mapping[str, Any]] = {
+  "half": {
+    "optimizer.muon_learning_rate": 5e-3,
+    "optimizer.adamw_learning_rate": 2e-3,
+  },
+  "quarter": {
+    "optimizer.muon_learning_rate": 2.5e-3,
+    "optimizer.adamw_learning_rate": 1e-3,
+  },
+}
 _SIX = {"task.steps": 6, "sleep.passes": 3, "run.steps": 1000}
 _BY_WAY: Mapping[str, Mapping[str, Any]] = {
   "plain": {},
@@ -286,6 +296,23 @@ STUDIES: Sequence[Study] = (
     "As for Rule 110, of N = 4.",
     _matched("depo-matched", "depo.py"),
     beside={"depo": {"sleep.passes": (1, 4)}},
+  ),
+  Study(
+    "Depo with a full cache, at lower learning rates",
+    "depo-full_cache",
+    "Of both optimizers half and a quarter of the rates: whether the full cache"
+    " fails above for the rate that was chosen on runs that sleep. One seed"
+    " each.",
+    [
+      Sweep(
+        f"depo-full_cache/{name}",
+        "depo.py:pocket,full_cache",
+        ["run.seed=0"],
+        overrides,
+      )
+      for name, overrides in _SLOWER.items()
+    ],
+    beside={"depo-matched": {"sleep.eviction": ("none",)}},
   ),
   Study(
     "Math at equal training FLOPs, and with a full cache",
