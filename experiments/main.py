@@ -32,7 +32,7 @@ def fail(message: object):
 def said(error: Exception) -> str:
   """In one line, what is wrong by an exception of the flags' parser."""
   if isinstance(cause := next(iter(error.args), None), KeyError):
-    asked = " ".join(cause.args[0].split())
+    asked = " ".join(" ".join(map(str, cause.args)).split())
     return f"the config has no {asked}; sleep_jax/config.py has all settings"
   # What a config file raised comes with its traceback, the message last.
   lines = str(error).strip().splitlines()

@@ -1,9 +1,10 @@
 """Studies: the runs of one folder, what tells them apart, and their means."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,21 +128,16 @@ def read_run(folder: str | os.PathLike) -> Run:
     ValueError: a file is missing, is not JSON, or does not hold what it should.
   """
   folder = Path(folder)
-  try:
+  with _naming(folder):
     config = completed(json.loads((folder / "config.json").read_text()))
     metrics = read_metrics(folder / "metrics.jsonl")
-    results = _results(folder)
     # Also for what it says of a section or of the task.
     from_config_dict(config)
     surroundings = folder / "surroundings.json"
     found = json.loads(
       surroundings.read_text() if surroundings.exists() else "{}"
     )
-    return Run(config, metrics, results, found)
-  except FileNotFoundError as error:
-    raise ValueError(f"{folder} has no {Path(error.filename).name}") from error
-  except ValueError as error:
-    raise ValueError(f"{folder}: {error}") from error
+  return Run(config, metrics, read_results(folder), found)
 
 
 def read_results(folder: str | os.PathLike) -> dict[str, Any]:
@@ -150,26 +146,29 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any]:
   Raises:
     ValueError: the file is missing, is not JSON, or does not hold splits.
   """
+  with _naming(folder):
+    results = json.loads((Path(folder) / "results.json").read_text())
+    if not (
+      isinstance(results, dict)
+      and results
+      and all(map(_is_split, results.values()))
+    ):
+      raise ValueError(
+        "results.json does not hold splits as judging writes them: judge the "
+        "run again"
+      )
+  return results
+
+
+@contextlib.contextmanager
+def _naming(folder: str | os.PathLike) -> Iterator[None]:
+  """What cannot be read is a ValueError that names the folder."""
   try:
-    return _results(Path(folder))
+    yield
   except FileNotFoundError as error:
-    raise ValueError(f"{folder} has no results.json") from error
+    raise ValueError(f"{folder} has no {Path(error.filename).name}") from error
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from error
-
-
-def _results(folder: Path) -> dict[str, Any]:
-  results = json.loads((folder / "results.json").read_text())
-  if not (
-    isinstance(results, dict)
-    and results
-    and all(map(_is_split, results.values()))
-  ):
-    raise ValueError(
-      "results.json does not hold splits as judging writes them: judge the "
-      "run again"
-    )
-  return results
 
 
 def _is_split(split: Any) -> bool:
