@@ -9,6 +9,7 @@ import pytest
 
 from experiments import automaton, figures, studies
 from sleep_jax.config import from_config_dict
+from sleep_jax.tasks.depo import Depo, DepoConfig
 
 pytest.importorskip("matplotlib")
 from matplotlib.image import imread  # noqa: E402
@@ -374,6 +375,28 @@ def test_depo_and_math_have_several_depths_in_a_run(study):
     "eval/heldout/depth_2",
     "eval/heldout/depth_10",
   ]
+
+
+def test_chance_of_depo_is_a_guess_among_the_other_nodes():
+  config = DepoConfig(
+    nodes=5, hops=4, name_length=(1, 1), mini_vocab=5, queries=5
+  )
+  task = Depo(config, seed=0)
+  right, asked = 0, 0
+  for split in task.eval_splits:
+    for index in range(200):
+      problem = task.problem(split, index)
+      nodes = sorted(u for u, _ in problem.edges)
+      for _, start, end in problem.queries:
+        guesses = [node for node in nodes if node != start]
+        right += guesses[index % len(guesses)] == end
+        asked += 1
+  run = studies.Run({"task": {"name": "depo", "nodes": 5, "hops": 4}}, [], {})
+  assert studies.chance(run) == 0.25
+  assert right / asked == pytest.approx(0.25, abs=0.03)
+  # As many hops as nodes lead back.
+  run.config["task"]["hops"] = 5
+  assert studies.chance(run) is None
 
 
 def test_variants_are_labelled_by_their_folder(study, tmp_path):
