@@ -197,6 +197,19 @@ def test_the_hops_of_training():
     ]
 
 
+def test_a_share_of_full_cycles():
+  config = DepoConfig(nodes=6, mini_vocab=20, full_cycles=0.4)
+  task = Depo(config, seed=0)
+  sizes = collections.Counter(
+    len(task.problem("train", i).edges) for i in range(2000)
+  )
+  law = np.array([1 / (n + math.sqrt(6)) for n in range(3, 7)])
+  expected = 0.6 * law / law.sum() + [0, 0, 0, 0.4]
+  assert chi_square_holds([sizes[n] for n in range(3, 7)], expected)
+  plain = Depo(dataclasses.replace(config, full_cycles=0.0), 0)
+  assert task.problem("hops_2", 0) == plain.problem("hops_2", 0)
+
+
 def test_the_paper_s_lengths():
   """The original's: 218-264 tokens of edges, mean 240; in training mean 85."""
   test = list(records(DepoConfig(), "hops_8", 60))
@@ -250,6 +263,9 @@ def test_splits():
     {"train_hops": (1, 0)},
     {"train_hops": (1, 17)},
     {"train_hops": (1.0,)},
+    {"full_cycles": -0.1},
+    {"full_cycles": 1.0},
+    {"full_cycles": math.nan},
     {"queries": 0},
     {"mini_vocab": 0},
     {"mini_vocab": 4501},

@@ -106,7 +106,7 @@ def main() -> int:
     },
   )
   names = (
-    *("nodes", "hops", "train_hops", "queries"),
+    *("nodes", "hops", "train_hops", "full_cycles", "queries"),
     *("mini_vocab", "name_length", "separator"),
   )
   problem_files.add_options(commands["write"], DepoConfig, names, count=1000)

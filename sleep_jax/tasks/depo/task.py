@@ -34,6 +34,9 @@ class DepoConfig:
   hops: int = 16
   # The hops that questions of training ask for, each as often; () is 1..K.
   train_hops: tuple = ()
+  # Share of training's cycles that have N nodes, as those of a test; the others
+  # have the original's law, of which 0 leaves all.
+  full_cycles: float = 0.0
   # M: the most questions about a cycle; a shorter one has one for each node.
   queries: int = 10
   # Tokens of the shortest and of the longest name.
@@ -56,6 +59,11 @@ class DepoConfig:
           "train_hops",
           all(type(k) is int and 1 <= k <= self.hops for k in self.train_hops),
           f"use whole numbers from 1 to task.hops = {self.hops}, like (1, 2)",
+        ),
+        (
+          "full_cycles",
+          0 <= self.full_cycles < 1,
+          "use 0 or more, and less than 1",
         ),
         ("queries", self.queries >= 1, "use 1 or more"),
         ("mini_vocab", 1 <= self.mini_vocab <= HOPS // 2, "use 1..4500"),
@@ -100,9 +108,10 @@ class Depo:
   """The task; an example depends on (seed, split, index) alone.
 
   In "train" a cycle has n = 3..N nodes with probability proportional to
-  1 / (n + sqrt(N)), and each question asks for a number of hops of its own,
-  1..K or of `train_hops`. The other splits have n = N, and one number of hops
-  each: the powers of two up to K, and K.
+  1 / (n + sqrt(N)), but for a share `full_cycles` of n = N, and each question
+  asks for a number of hops of its own, 1..K or of `train_hops`. The other
+  splits have n = N, and one number of hops each: the powers of two up to K,
+  and K.
   """
 
   modes: Sequence[str] = ("cycle",)
@@ -127,6 +136,8 @@ class Depo:
     self._weights = [
       1 / (n + root) for n in range(FEWEST_NODES, config.nodes + 1)
     ]
+    full = config.full_cycles
+    self._weights[-1] += sum(self._weights) * full / (1 - full)
 
   def size(self, split: str) -> None:
     """None: a split never ends."""
