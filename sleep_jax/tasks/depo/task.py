@@ -34,8 +34,8 @@ class DepoConfig:
   hops: int = 16
   # The hops that questions of training ask for, each as often; () is 1..K.
   train_hops: tuple = ()
-  # Share of training's cycles that have N nodes, as those of a test; the others
-  # have the original's law, of which 0 leaves all.
+  # Share of training's cycles that are given N nodes, as those of a test; the
+  # others follow the original's law, which gives some of them N nodes too.
   full_cycles: float = 0.0
   # M: the most questions about a cycle; a shorter one has one for each node.
   queries: int = 10
