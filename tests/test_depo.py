@@ -210,6 +210,19 @@ def test_a_share_of_full_cycles():
   assert task.problem("hops_2", 0) == plain.problem("hops_2", 0)
 
 
+def test_training_begins_with_the_curriculum():
+  config = DepoConfig(nodes=12, mini_vocab=20, full_cycles=1.0)
+  stages = ((40, 0.0), (40, 0.5))
+  task = Depo(dataclasses.replace(config, curriculum=stages), seed=0)
+  for index in range(120):
+    _, share = [*stages, (40, 1.0)][index // 40]
+    plain = Depo(dataclasses.replace(config, full_cycles=share), seed=0)
+    for split in ("train", "hops_2"):
+      assert task.problem(split, index) == plain.problem(split, index)
+  assert all(len(task.problem("train", i).edges) == 12 for i in range(80, 120))
+  assert {len(task.problem("train", i).edges) for i in range(40)} > {3, 12}
+
+
 def test_the_paper_s_lengths():
   """The original's: 218-264 tokens of edges, mean 240; in training mean 85."""
   test = list(records(DepoConfig(), "hops_8", 60))
@@ -264,8 +277,13 @@ def test_splits():
     {"train_hops": (1, 17)},
     {"train_hops": (1.0,)},
     {"full_cycles": -0.1},
-    {"full_cycles": 1.0},
+    {"full_cycles": 1.1},
     {"full_cycles": math.nan},
+    {"curriculum": ((10, 0.5), (0, 1.0))},
+    {"curriculum": ((10, 1.5),)},
+    {"curriculum": ((10, True),)},
+    {"curriculum": ((10.0, 0.5),)},
+    {"curriculum": (10, 0.5)},
     {"queries": 0},
     {"mini_vocab": 0},
     {"mini_vocab": 4501},

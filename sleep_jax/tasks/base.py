@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
 class Question(NamedTuple):
@@ -80,3 +80,19 @@ class Task(Protocol):
   def example(self, split: str, index: int) -> Example:
     """The example at `index` of `split` ("train" or one of eval_splits)."""
     ...
+
+
+def in_curriculum(
+  curriculum: Sequence[tuple[int, Any]], index: int, last: Any
+) -> tuple[Any, int]:
+  """What holds for the training example at `index`, and its place in the stage.
+
+  Args:
+    curriculum: (how many examples, what holds for them), one after the other.
+    last: what holds for all others.
+  """
+  for examples, value in curriculum:
+    if index < examples:
+      return value, index
+    index -= examples
+  return last, index

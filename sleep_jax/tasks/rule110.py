@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from sleep_jax.tasks.base import Example, Question
+from sleep_jax.tasks.base import Example, Question, in_curriculum
 
 BOUNDARIES = ("periodic", "zero")
 # Strings of up to this many bits are few enough to be learnt by heart: some
@@ -160,12 +160,11 @@ class Rule110:
     return [""] * (config.passes_of(config.steps) - len(texts)) + texts
 
   def _steps_of(self, split: str, index: int) -> int:
-    for examples, steps in self._config.curriculum if split == "train" else ():
-      if index < examples:
-        steps = _in_turn(steps)
-        return steps[index % len(steps)]
-      index -= examples
-    return self._config.steps
+    config = self._config
+    if split != "train":
+      return config.steps
+    steps, index = in_curriculum(config.curriculum, index, config.steps)
+    return _in_turn(steps)[index % len(_in_turn(steps))]
 
   def _strings_of(self, split: str) -> Sequence[int]:
     if split not in self._strings:

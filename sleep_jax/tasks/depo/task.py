@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from sleep_jax.tasks.base import Example, Question
+from sleep_jax.tasks.base import Example, Question, in_curriculum
 from sleep_jax.tasks.draws import Draws
 
 # Symbols are the original's numbers: those of names, then from 9001 on the
@@ -37,6 +37,9 @@ class DepoConfig:
   # Share of training's cycles that are given N nodes, as those of a test; the
   # others follow the original's law, which gives some of them N nodes too.
   full_cycles: float = 0.0
+  # Training begins with other shares, ((how many examples, share), ...), one
+  # after the other: ((96_000, 0.5),).
+  curriculum: tuple = ()
   # M: the most questions about a cycle; a shorter one has one for each node.
   queries: int = 10
   # Tokens of the shortest and of the longest name.
@@ -60,10 +63,12 @@ class DepoConfig:
           all(type(k) is int and 1 <= k <= self.hops for k in self.train_hops),
           f"use whole numbers from 1 to task.hops = {self.hops}, like (1, 2)",
         ),
+        ("full_cycles", 0 <= self.full_cycles <= 1, "use 0..1"),
         (
-          "full_cycles",
-          0 <= self.full_cycles < 1,
-          "use 0 or more, and less than 1",
+          "curriculum",
+          all(map(_is_stage, self.curriculum)),
+          "use pairs (1 or more examples, a share of 0..1), like "
+          "((96000, 0.5),)",
         ),
         ("queries", self.queries >= 1, "use 1 or more"),
         ("mini_vocab", 1 <= self.mini_vocab <= HOPS // 2, "use 1..4500"),
@@ -108,8 +113,9 @@ class Depo:
   """The task; an example depends on (seed, split, index) alone.
 
   In "train" a cycle has n = 3..N nodes with probability proportional to
-  1 / (n + sqrt(N)), but for a share `full_cycles` of n = N, and each question
-  asks for a number of hops of its own, 1..K or of `train_hops`. The other
+  1 / (n + sqrt(N)), but for a share `full_cycles` (or, at first, that of the
+  `curriculum`) of n = N, and each question asks for a number of hops of its
+  own, 1..K or of `train_hops`. The other
   splits have n = N, and one number of hops each: the powers of two up to K,
   and K.
   """
@@ -133,11 +139,7 @@ class Depo:
       *([str(SEPARATOR)] if config.separator else []),
     )
     root = math.sqrt(config.nodes)
-    self._weights = [
-      1 / (n + root) for n in range(FEWEST_NODES, config.nodes + 1)
-    ]
-    full = config.full_cycles
-    self._weights[-1] += sum(self._weights) * full / (1 - full)
+    self._law = [1 / (n + root) for n in range(FEWEST_NODES, config.nodes + 1)]
 
   def size(self, split: str) -> None:
     """None: a split never ends."""
@@ -168,7 +170,10 @@ class Depo:
     draws = Draws(self._seed, split, index)
     size = config.nodes
     if split == "train":
-      size = FEWEST_NODES + draws.weighted(self._weights)
+      share, _ = in_curriculum(config.curriculum, index, config.full_cycles)
+      weights = [(1 - share) * weight for weight in self._law]
+      weights[-1] += share * sum(self._law)
+      size = FEWEST_NODES + draws.weighted(weights)
     names: dict[Name, None] = {}  # the order counts, as a set's does not
     while len(names) < size:
       names[self._name(draws)] = None
@@ -198,6 +203,18 @@ class Depo:
     splits = ("train", *self.eval_splits)
     if split not in splits:
       raise ValueError(f"split {split!r}: use one of {splits}")
+
+
+def _is_stage(stage: object) -> bool:
+  if not isinstance(stage, tuple) or len(stage) != 2:
+    return False
+  examples, share = stage
+  return (
+    type(examples) is int
+    and examples >= 1
+    and type(share) in (int, float)
+    and 0 <= share <= 1
+  )
 
 
 def _text(name: Name) -> str:
