@@ -9,7 +9,7 @@ those of questions of k hops alone, over cycles of full length. Sizes:
   pocket (default): 12 nodes; 1, 2, 4 or 8 hops (4 the other way round), 1
     window; minutes on 2 CPU cores.
   deep: the same cycles, and 8 hops learned too: more steps, of which the later
-    ones see full cycles alone.
+    half sees full cycles alone.
   tiny: seconds, and the time to compile, for tests; learns nothing much.
   paper: 75 nodes, up to 16 hops, 4 windows, 4 layers, d = 256; for an
     accelerator, never run.
@@ -68,8 +68,9 @@ def pocket() -> ExperimentConfig:
 def deep() -> ExperimentConfig:
   """8 hops, asked for as often as all others together.
 
-  Full cycles alone come late: in shorter ones, which are the way in, 8 hops are
-  fewer. The rates decay from half of training on.
+  In the later half of training, which is 3,000 batches of 32, all cycles are
+  full and the rates decay. Shorter cycles are the way in, but 8 hops are fewer
+  there: in a cycle of 7 nodes one.
   """
   config = pocket()
   return dataclasses.replace(

@@ -491,7 +491,7 @@ def test_what_is_written_is_right(tmp_path, monkeypatch, capsys):
   assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("size", ["tiny", "pocket", "paper", "paper_10_layers"])
+@pytest.mark.parametrize("size", depo.SIZES)
 def test_rows_of_the_experiments_fit(size):
   from experiments import depo
 

@@ -113,11 +113,10 @@ class Depo:
   """The task; an example depends on (seed, split, index) alone.
 
   In "train" a cycle has n = 3..N nodes with probability proportional to
-  1 / (n + sqrt(N)), but for a share `full_cycles` (or, at first, that of the
-  `curriculum`) of n = N, and each question asks for a number of hops of its
-  own, 1..K or of `train_hops`. The other
-  splits have n = N, and one number of hops each: the powers of two up to K,
-  and K.
+  1 / (n + sqrt(N)), but for a share of n = N that `curriculum` and then
+  `full_cycles` say, and each question asks for a number of hops of its own,
+  1..K or of `train_hops`. The other splits have n = N, and one number of hops
+  each: the powers of two up to K, and K.
   """
 
   modes: Sequence[str] = ("cycle",)
