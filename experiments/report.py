@@ -58,7 +58,8 @@ the questions, the same for all, is in no interval: with 2,048 of them an
 accuracy of 0.3 is within 0.02 by that alone. A depth is t, hops or operations;
 where one side is near 0 or 1 there is little left to gain. What is compared was
 trained with one and the same learning rate; where one was chosen, for Depo and
-math, it was on runs that sleep.
+math, it was on runs that sleep. Studies were added, and some given up, after
+results had been seen, as each says of itself.
 
 | claim | source | difference | value | verdict |
 | --- | --- | --- | --- | --- |"""

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from experiments import depo
 from sleep_jax.data.pipeline import eval_batches
 from sleep_jax.data.source import task_and_tokenizer
 from sleep_jax.data.tokenizers import make_tokenizer
@@ -493,8 +494,6 @@ def test_what_is_written_is_right(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("size", depo.SIZES)
 def test_rows_of_the_experiments_fit(size):
-  from experiments import depo
-
   config = depo.SIZES[size]()
   task, tokenizer = task_and_tokenizer(config)
   for split in ("train", task.eval_splits[-1]):
@@ -519,8 +518,6 @@ def test_rows_of_the_experiments_fit(size):
 
 
 def test_the_paper_s_rows():
-  from experiments import depo
-
   config = depo.paper()
   assert config.data.length == 360 and config.sleep.window_length == 75
   task, tokenizer = task_and_tokenizer(config)
