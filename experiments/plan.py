@@ -449,8 +449,8 @@ STUDIES: Sequence[Study] = (
     "Other numbers of passes when judged",
     "rule110-passes",
     "N = 4 in training, always or drawn from 1 to 4, and 1 to 8 when judged."
-    " With N = 4 always these are runs of the first study made again: seed 1, of"
-    " another commit, ends at 0.531 in place of 0.875.",
+    " With N = 4 always these are runs of the first study made again: seed 1,"
+    " of another commit, ends at 0.531 in place of 0.875.",
     [
       Sweep(
         "rule110-passes",
