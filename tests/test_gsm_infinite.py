@@ -259,7 +259,7 @@ def test_one_operation_looks_up_a_constant():
 
 @pytest.mark.parametrize("layers", [2, 3])
 def test_the_best_constant_is_seldom_right(layers):
-  # tasks.md's kind of floor: 0.25 at four operations, 0.15 at eight; reverse
+  # The like of 0.25 at four operations and 0.15 at eight is wanted; reverse
   # problems ask for one of four leaf constants at every number.
   floors = {
     ("forward", 2): 0.35,
