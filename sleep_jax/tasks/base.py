@@ -1,7 +1,7 @@
 """What a task is: examples as text, made from (split, index) alone."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
@@ -80,6 +80,17 @@ class Task(Protocol):
   def example(self, split: str, index: int) -> Example:
     """The example at `index` of `split` ("train" or one of eval_splits)."""
     ...
+
+
+def is_stage(stage: object, holds: Callable[[Any], bool]) -> bool:
+  """Whether it is a pair (1 or more examples, what `holds` accepts)."""
+  return (
+    isinstance(stage, tuple)
+    and len(stage) == 2
+    and type(stage[0]) is int
+    and stage[0] >= 1
+    and holds(stage[1])
+  )
 
 
 def in_curriculum(

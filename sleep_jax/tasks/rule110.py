@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from sleep_jax.tasks.base import Example, Question, in_curriculum
+from sleep_jax.tasks.base import Example, Question, in_curriculum, is_stage
 
 BOUNDARIES = ("periodic", "zero")
 # Strings of up to this many bits are few enough to be learnt by heart: some
@@ -58,7 +58,7 @@ class Rule110Config:
         ("boundary", self.boundary in BOUNDARIES, f"use one of {BOUNDARIES}"),
         (
           "curriculum",
-          all(map(_is_stage, self.curriculum)),
+          all(is_stage(stage, _are_steps) for stage in self.curriculum),
           "use pairs of whole numbers, (1 or more examples, 0..100000 steps or "
           "several such), like ((40000, 4), (20000, (4, 6)))",
         ),
@@ -164,7 +164,8 @@ class Rule110:
     if split != "train":
       return config.steps
     steps, index = in_curriculum(config.curriculum, index, config.steps)
-    return _in_turn(steps)[index % len(_in_turn(steps))]
+    steps = _in_turn(steps)
+    return steps[index % len(steps)]
 
   def _strings_of(self, split: str) -> Sequence[int]:
     if split not in self._strings:
@@ -176,15 +177,9 @@ def _in_turn(steps: Any) -> tuple:
   return steps if isinstance(steps, tuple) else (steps,)
 
 
-def _is_stage(stage: object) -> bool:
-  if not isinstance(stage, tuple) or len(stage) != 2:
-    return False
-  numbers = stage[0], *_in_turn(stage[1])
-  return (
-    len(numbers) > 1
-    and all(type(n) is int for n in numbers)
-    and numbers[0] >= 1
-    and all(0 <= t <= 100_000 for t in numbers[1:])
+def _are_steps(steps: Any) -> bool:
+  return bool(_in_turn(steps)) and all(
+    type(t) is int and 0 <= t <= 100_000 for t in _in_turn(steps)
   )
 
 

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from sleep_jax.tasks.base import Example, Question, in_curriculum
+from sleep_jax.tasks.base import Example, Question, in_curriculum, is_stage
 from sleep_jax.tasks.draws import Draws
 
 # Symbols are the original's numbers: those of names, then from 9001 on the
@@ -66,7 +66,7 @@ class DepoConfig:
         ("full_cycles", 0 <= self.full_cycles <= 1, "use 0..1"),
         (
           "curriculum",
-          all(map(_is_stage, self.curriculum)),
+          all(is_stage(stage, _is_share) for stage in self.curriculum),
           "use pairs (1 or more examples, a share of 0..1), like "
           "((96000, 0.5),)",
         ),
@@ -138,7 +138,12 @@ class Depo:
       *([str(SEPARATOR)] if config.separator else []),
     )
     root = math.sqrt(config.nodes)
-    self._law = [1 / (n + root) for n in range(FEWEST_NODES, config.nodes + 1)]
+    law = [1 / (n + root) for n in range(FEWEST_NODES, config.nodes + 1)]
+    self._weights = {}  # of n = 3..N, by the share of full cycles
+    for share in (config.full_cycles, *(x for _, x in config.curriculum)):
+      weights = [(1 - share) * weight for weight in law]
+      weights[-1] += share * sum(law)
+      self._weights[share] = weights
 
   def size(self, split: str) -> None:
     """None: a split never ends."""
@@ -170,9 +175,7 @@ class Depo:
     size = config.nodes
     if split == "train":
       share, _ = in_curriculum(config.curriculum, index, config.full_cycles)
-      weights = [(1 - share) * weight for weight in self._law]
-      weights[-1] += share * sum(self._law)
-      size = FEWEST_NODES + draws.weighted(weights)
+      size = FEWEST_NODES + draws.weighted(self._weights[share])
     names: dict[Name, None] = {}  # the order counts, as a set's does not
     while len(names) < size:
       names[self._name(draws)] = None
@@ -204,16 +207,8 @@ class Depo:
       raise ValueError(f"split {split!r}: use one of {splits}")
 
 
-def _is_stage(stage: object) -> bool:
-  if not isinstance(stage, tuple) or len(stage) != 2:
-    return False
-  examples, share = stage
-  return (
-    type(examples) is int
-    and examples >= 1
-    and type(share) in (int, float)
-    and 0 <= share <= 1
-  )
+def _is_share(value: Any) -> bool:
+  return type(value) in (int, float) and 0 <= value <= 1
 
 
 def _text(name: Name) -> str:
