@@ -184,9 +184,12 @@ def verdicts(report) -> list[str]:
       f"{1e3 * slope:.0f} ms x N, within {off:.1%}"
     )
   if len(passes) > 1:
+    few, *_, many = (np.array(x["seconds"]) for x in sleeping.values())
+    low, middle, high = np.quantile(few / many, (0.25, 0.5, 0.75))
     said.append(
-      f"N = {passes[-1]} trains {times[0] / times[-1]:.2f} of the tokens a "
-      f"second of N = {passes[0]}"
+      f"N = {passes[-1]} trains {middle:.2f} of the tokens a second of N = "
+      f"{passes[0]} (median of {len(few)} rounds, quartiles {low:.2f} to "
+      f"{high:.2f})"
     )
   return said
 

@@ -123,10 +123,10 @@ def test_a_study_is_a_table_of_its_seeds(tmp_path, counted):
   assert found[6:8] == [f"{tokens:.3g}", "80"]
   assert "6 runs: commit abc1234, 1 x cpu of 2 cores" in text
   assert "took 15 to 15 s each" in text
-  assert "6 of 48 points are done" in text
+  assert "6 of 62 points are done" in text
   assert "![by_depth.png](results/rule110/by_depth.png)" in text
   left = report.commands_left(tmp_path)
-  assert left[0][1:] == (6, 48)
+  assert left[0][1:] == (6, 62)
   assert "--workdir=experiments/results/rule110 " in left[0][0]
 
 
@@ -171,6 +171,27 @@ def test_a_verdict_is_computed(tmp_path, counted, more, said):
   assert found[-1] == said
   difference = np.mean(more) - np.mean(fewer)
   assert found[-2].split(" [")[0] == f"{difference:+.3f}"
+
+
+@pytest.mark.parametrize(
+  "fewer, more, said",
+  [
+    (0.125, 0.17, "at the floor"),
+    (0.17, 0.125, "at the floor"),
+    (0.125, 0.18, "**shown**"),
+    (0.18, 0.125, "**opposite**"),
+  ],
+)
+def test_what_no_side_learned_says_nothing(
+  tmp_path, counted, fewer, more, said
+):
+  for n, accuracy in ((1, fewer), (4, more)):
+    for seed in range(3):
+      # The constant, 0.125, is of every run.
+      noise = 0.001 * (seed if n == 1 else -seed)
+      write_run(tmp_path / "rule110", n, seed, accuracy + noise)
+  text = report.report(tmp_path, counted)
+  assert row(text, "rule110, depth 4: N = 4 over 1")[-1] == said
 
 
 def seeds(values):
@@ -218,13 +239,47 @@ def test_what_was_judged_after_other_passes_is_told(tmp_path, counted):
   assert found[-2].startswith("+0.250 ")
 
 
-@pytest.mark.parametrize("factor, said", [(1.05, "shown"), (1.5, "not shown")])
-def test_what_was_measured_has_rules_too(tmp_path, counted, factor, said):
+@pytest.mark.parametrize(
+  "factors, said, range_",
+  [
+    ((1.05, 1.0, 1.0, 1.05), "shown", "1.02 (1.00 to 1.05)"),
+    ((1.0, 1.0, 1.0, 1.2), "not shown", "1.00 (1.00 to 1.20)"),
+    ((1.5,) * 4, "not shown", "1.50 (1.50 to 1.50)"),
+  ],
+)
+def test_what_was_measured_has_rules_too(
+  tmp_path, counted, factors, said, range_
+):
   report_of = json.loads((RESULTS / "latency/latency.json").read_text())
+  left = list(factors)
   for cell in report_of["cells"]:
-    cell["seconds_per_token"] = factor if cell["passes"] == 8 else 1.0
+    cell["seconds_per_token"] = left.pop() if cell["passes"] == 8 else 1.0
+  assert not left
   (tmp_path / "latency").mkdir()
   (tmp_path / "latency/latency.json").write_text(json.dumps(report_of))
   text = report.report(tmp_path, counted)
   found = row(text, "A token awake costs the same whatever N")
-  assert found[-1].strip("*") == said and found[-2] == f"{factor:.2f}"
+  assert found[-1].strip("*") == said and found[-2] == range_
+
+
+@pytest.mark.parametrize(
+  "many, said, share",
+  [
+    ((4.0, 4.0, 4.0), "shown", "0.25 (0.25 to 0.25)"),
+    # The middle keeps the rule, a quartile does not.
+    ((4.0, 4.0, 2.0), "not shown", "0.25 (0.25 to 0.38)"),
+  ],
+)
+def test_a_throughput_is_told_with_its_quartiles(
+  tmp_path, counted, many, said, share
+):
+  report_of = json.loads((RESULTS / "throughput/throughput.json").read_text())
+  for cell in report_of["cells"]:
+    cell["seconds"] = [1.0] * 3
+    if cell["kind"] == "sleeping" and cell["passes"] == 4:
+      cell["seconds"] = list(many)
+  (tmp_path / "throughput").mkdir()
+  path = tmp_path / "throughput/throughput.json"
+  path.write_text(json.dumps(report_of))
+  found = row(report.report(tmp_path, counted), "paper, figure 6b")
+  assert found[-1].strip("*") == said and found[-2] == share

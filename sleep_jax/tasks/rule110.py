@@ -34,7 +34,8 @@ class Rule110Config:
   # t: updates between a string and its label, 0..100,000.
   steps: int = 32
   # Training begins with other t, ((how many examples, t), ...), one after the
-  # other, or with several in turn: ((40_000, 4), (20_000, (4, 6))).
+  # other, or with several in turn: ((40_000, 4), (20_000, (4, 6))). Other
+  # run.steps or batch sizes do not stretch it.
   curriculum: tuple = ()
   # r: updates that each pass but the first should make, for sleep.pass_loss
   # with sleep.passes = 1 + steps / r, rounded up; an example of the curriculum

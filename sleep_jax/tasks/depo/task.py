@@ -38,7 +38,8 @@ class DepoConfig:
   # others follow the original's law, which gives some of them N nodes too.
   full_cycles: float = 0.0
   # Training begins with other shares, ((how many examples, share), ...), one
-  # after the other: ((96_000, 0.5),).
+  # after the other: ((96_000, 0.5),). Other run.steps or batch sizes do not
+  # stretch it.
   curriculum: tuple = ()
   # M: the most questions about a cycle; a shorter one has one for each node.
   queries: int = 10
