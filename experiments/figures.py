@@ -6,9 +6,9 @@
 
 Runs with the same label are seeds of one setting. With --from, all runs in a
 folder, as `experiments.sweep` leaves them, are labelled by what they differ in,
-and drawn as the paper draws: against training tokens a panel for each depth
-(figures 2b, 3, 4, 5) or, where each run has its own depth, also one for each
-setting (2a); and beside the paper, against training FLOPs, and how they end by
+and drawn as the paper draws, but against tokens in place of steps: a panel for
+each depth (figures 2b, 3, 4, 5) or, where each run has its own depth, also one
+for each setting (2a). Then accuracy against training FLOPs, and how runs end by
 depth, next to what the paper prints. Runs that were judged after several
 numbers of passes, or with several tolerances, are drawn by these too; a
 folder's latency.json and throughput.json (figure 6) as they are measured. Needs
@@ -54,7 +54,8 @@ _STYLES = [
 _GREY = "#777777"
 _FLOOR = "best constant answer"
 _PASSES = re.compile(r"N = ([1-9]\d*)")
-_MOST_BESIDE = 4
+_MOST_BESIDE = 3
+_SIZES = dict(ms=4.5, lw=1.2)
 
 
 def accuracy_by_depth(
@@ -82,7 +83,6 @@ def accuracy_by_depth(
     depths = sorted({int(d) for _, scores in shown for d in scores})
     place = {str(depth): i for i, depth in enumerate(depths)}
     for i, (label, scores) in enumerate(shown):
-      colour, marker, *_ = styles[label]
       width = 0.7 / len(shown)
       at = np.array([place[depth] for depth in scores])
       at = at + width * (i + 0.5) - 0.35
@@ -91,11 +91,9 @@ def accuracy_by_depth(
         at,
         accuracy,
         yerr=np.maximum([accuracy - low, high - accuracy], 0),
-        fmt=marker,
-        ms=4.5,
-        lw=1.2,
-        color=colour,
         label=label,
+        **_SIZES,
+        **styles[label]._replace(ls="none")._asdict(),
       )
       panel.hlines(
         [score["floor"] for score in scores.values()],
@@ -187,10 +185,9 @@ def latency(report: Mapping[str, Any], path: str | os.PathLike) -> None:
   styles = _styles(dict.fromkeys(labels.values()))
   figure, panels = _panels(4)
   for n, label in labels.items():
-    colour, marker, *_ = styles[label]
     some = [x for x in cells if x["passes"] == n]
     histories = [x["history"] for x in some]
-    drawn = dict(color=colour, marker=marker, ms=4.5, lw=1.2, label=label)
+    drawn = dict(label=label, **_SIZES, **styles[label]._asdict())
     for panel, name, scale in (
       (panels[0], "seconds_per_token", 1e3),
       (panels[1], "state_bytes", 2**-20),
@@ -202,7 +199,7 @@ def latency(report: Mapping[str, Any], path: str | os.PathLike) -> None:
         (panels[3], "stall_seconds"),
       ):
         y = [1e3 * x[name] for x in some]
-        panel.plot([n] * len(y), y, **(drawn | {"lw": 0}))
+        panel.plot([n] * len(y), y, **(drawn | {"ls": "none"}))
   for panel in panels[:2]:
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
@@ -223,19 +220,20 @@ def throughput(report: Mapping[str, Any], path: str | os.PathLike) -> None:
   """Draws what `experiments.throughput` measured to a PNG.
 
   Tokens a second against the window's length and against N, the medians, with
-  quartiles.
+  quartiles, and what 1/N would be.
 
   Raises:
     ValueError: matplotlib is missing.
   """
+  longest = max(x["window"] for x in report["cells"])
   labels = {
     "parallel": "fully parallel",
     "windowed": "N = 1, window by window",
-    "sleeping": f"L = {max(x['window'] for x in report['cells'])}",
+    "sleeping": f"N passes, L = {longest}",
   }
   figure, panels = _panels(2)
-  for (kind, label), (colour, marker, *_) in zip(
-    labels.items(), _styles(labels).values(), strict=True
+  for (kind, label), style, aside in zip(
+    labels.items(), _styles(labels).values(), (0.98, 1.02, 1), strict=True
   ):
     some = [x for x in report["cells"] if x["kind"] == kind]
     slow, middle, fast = np.array(
@@ -243,23 +241,27 @@ def throughput(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     ).T
     sleeps = kind == "sleeping"
     panels[int(sleeps)].errorbar(
-      [x["passes" if sleeps else "window"] for x in some],
+      # Of one length a little apart: their quartiles overlap.
+      [aside * x["passes" if sleeps else "window"] for x in some],
       middle,
       yerr=[middle - slow, fast - middle],
-      color=colour,
-      marker=marker,
-      ms=4.5,
-      lw=1.2,
       label=label,
+      **_SIZES,
+      **style._asdict(),
     )
+    if sleeps:
+      passes = np.linspace(1, max(x["passes"] for x in some), 50)
+      panels[1].plot(
+        passes, middle[0] / passes, color=_GREY, ls="--", lw=1, label="1/N"
+      )
   panels[0].set_xscale("log", base=2)
   windows = sorted({x["window"] for x in report["cells"]})
   panels[0].set_xticks(windows, windows)
-  panels[0].set_xlabel("window length L")
-  panels[0].set_ylabel("tokens per second of training")
+  panels[0].set_xlabel("window length L (tokens)")
   panels[1].set_xlabel("passes N")
   panels[1].set_xlim(left=0)
   for panel in panels:
+    panel.set_ylabel("tokens per second of training")
     panel.set_ylim(bottom=0)
   _save(figure, path)
 
@@ -305,7 +307,9 @@ def study_curves(
     axis.set_xlim(left=0)
     loss = panel.metric.endswith("loss")
     axis.set_ylim(0, None if loss else 1.02)
-    axis.set_ylabel("test loss (nats)" if loss else "exact accuracy, held out")
+    axis.set_ylabel(
+      "test loss (nats a token)" if loss else "exact accuracy, held out"
+    )
   _save(figure, path)
 
 
@@ -335,25 +339,26 @@ def study_by_depth(
   depths = list(floors)
   unit = studies.depth_unit(every)
   beside = len(depths) == 1 and not printed
-  apart = 0.8 / len(lines) if beside else 0.06
+  apart = 0.8 / max(len(lines), 1 if beside else 6)
   places = apart * (np.arange(len(lines)) - (len(lines) - 1) / 2)
   for place, (label, some) in zip(places, lines.items(), strict=True):
     scores: dict[float, list] = {}
     for run in some:
       for depth, score in studies.scores_by_depth(run).items():
-        scores.setdefault(depth + place, []).append(score["accuracy"])
+        at = depths.index(depth) + place
+        scores.setdefault(at, []).append(score["accuracy"])
     _draw_means(panel, scores, styles[label], None if beside else label)
   panel.hlines(
     list(floors.values()),
-    np.array(depths) - 0.45,
-    np.array(depths) + 0.45,
+    np.arange(len(depths)) - 0.45,
+    np.arange(len(depths)) + 0.45,
     color=_GREY,
     ls="--",
     lw=1,
     label=_FLOOR,
   )
-  panel.set_xticks(depths)
-  panel.set_xlim(depths[0] - 0.5, depths[-1] + 0.5)
+  panel.set_xticks(range(len(depths)), depths)
+  panel.set_xlim(-0.5, len(depths) - 0.5)
   panel.set_ylabel("exact accuracy, held out")
   for other, (title, values) in zip(others, printed.items(), strict=True):
     for i, (label, by_depth) in enumerate(values.items()):
@@ -365,12 +370,10 @@ def study_by_depth(
     other.set_xticks(list(by_depth))
     other.set_xlim(min(by_depth) - 1, max(by_depth) + 1)
   for axis in figure.axes:
-    axis.set_xlabel(unit)
+    axis.set_xlabel(studies.depth_axis(every))
     axis.set_ylim(0, 1.02)
   if beside:
-    panel.set_xticks(
-      depths[0] + places, list(lines), rotation=30, ha="right", fontsize=8
-    )
+    panel.set_xticks(places, list(lines), rotation=30, ha="right", fontsize=8)
     panel.set_xlabel("")
     panel.set_title(f"{unit} = {depths[0]}", loc="left", fontsize=10)
   _save(figure, path)
@@ -396,10 +399,12 @@ def study_by_test_passes(
           by_n.setdefault(n, []).append(score["accuracy"])
   styles = _styles(lines)
   figure, panels = _panels(len(scores))
-  unit = studies.depth_unit([run for runs in lines.values() for run in runs])
+  every = [run for runs in lines.values() for run in runs]
+  unit, floors = studies.depth_unit(every), studies.floors(every)
   for panel, depth in zip(panels, sorted(scores), strict=True):
     for label, by_n in scores[depth].items():
       _draw_means(panel, by_n, styles[label], label)
+    panel.axhline(floors[depth], color=_GREY, ls="--", lw=1, label=_FLOOR)
     panel.set_title(f"{unit} = {depth}", loc="left", fontsize=10)
     panel.set_xlabel("passes N when judged")
     panel.set_ylim(0, 1.02)
@@ -469,7 +474,9 @@ def study_figures(
     return lambda path: study_curves(panels, lines, x, path, counted)
 
   found["by_depth.png"] = lambda path: study_by_depth(lines, path)
-  found["by_tokens.png"] = curves(panels, lines, "tokens")
+  found["by_tokens.png"] = curves(
+    studies.loss_panels(runs) or panels, lines, "tokens"
+  )
   found["by_flops.png"] = curves(panels, lines, "FLOPs")
   if depth and len(panels) > 1:
     by_line = [
@@ -562,7 +569,15 @@ def _draw_curves(axis, curves, style, label, scale: float = 1) -> None:
       axis.plot(x, list(curve.values()), lw=0.7, alpha=0.45, **drawn)
   steps = sorted(set.intersection(*map(set, curves)))
   mean = [np.mean([curve[step] for curve in curves]) for step in steps]
-  axis.plot(scale * np.array(steps), mean, lw=1.8, label=label, **drawn)
+  axis.plot(
+    scale * np.array(steps),
+    mean,
+    label=label,
+    ms=4.5,
+    lw=1.8,
+    markevery=[-1],
+    **style._asdict(),
+  )
 
 
 def _draw_means(axis, values: Mapping[float, Sequence], style, label) -> None:
@@ -579,9 +594,8 @@ def _draw_means(axis, values: Mapping[float, Sequence], style, label) -> None:
     yerr=np.nan_to_num(
       [middle - np.maximum(low, 0), np.minimum(high, most) - middle]
     ),
-    ms=4.5,
-    lw=1.2,
     label=label,
+    **_SIZES,
     **style._asdict(),
   )
 

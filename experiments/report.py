@@ -42,7 +42,16 @@ constant answer scores on the very same examples; *chance* is a guess among the
 possible ones. *At equal FLOPs* is the accuracy where the cheapest training of
 the study ends: its own at the end, the others' on the way, on a quarter of the
 examples and with a learning rate that has not decayed. Only the studies at
-equal training FLOPs compare what was trained for the same.
+equal training FLOPs compare what was trained for the same. A commit with a +
+had changes on top.
+
+Pictures: by_tokens is drawn as the paper's figures 2b (Rule 110), 3 (Depo: the
+loss), 4 and 5 (math), but against tokens in place of steps, depths_by_tokens as
+its 2a, throughput as its 6; by_depth stands beside what the paper prints, at its
+own depths, where there is any. Thin lines are seeds, thick ones their means;
+whiskers are 95% intervals over the seeds, cut at 0 and 1, and a point without
+any is one seed. A pocket run was meant to take five minutes: those of Rule 110
+with two passes do, most of Depo, of math and of more depth take longer.
 """
 _CLAIMS_HEAD = """## The paper's claims, and our questions, at this scale
 

@@ -25,11 +25,14 @@ _NAMES = {
   "run.steps": "{} steps",
   "model.update_rule": "{}",
   "sleep.eviction": "{} eviction",
+  "sleep.sampled_passes": "N drawn: {}",
+  "sleep.tolerance": "tolerance {}",
   "model.width": "D = {}",
 }
 # The setting that is a task's depth, where a run has only one.
 _DEPTHS = {"rule110": "task.steps"}
 _DEPTH_UNITS = {"rule110": "t", "depo": "hops", "gsm_infinite": "operations"}
+_DEPTH_AXES = _DEPTH_UNITS | {"rule110": "t (steps of the rule)"}
 # What the paper prints of accuracy by depth, at its scale: task -> title of a
 # panel -> label -> depth -> accuracy. That of Rule 110 is read off its figure.
 PAPER: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]] = {
@@ -219,8 +222,9 @@ def by_setting(
 ) -> dict[str, list[Run]]:
   """Label -> the seeds of each setting.
 
-  They are labelled by the variant, and by what differs within it. Models that
-  are only judged, each trained elsewhere, count as seeds.
+  They are labelled by the variant, and by what differs within it, by N if
+  nothing does. Models that are only judged, each trained elsewhere, count as
+  seeds.
 
   Args:
     apart: paths of settings that are shown in another way.
@@ -248,7 +252,10 @@ def by_setting(
         _NAMES.get(path, f"{path} = {{}}").format(settings[i].get(path))
         for path in paths
       ]
-      lines.setdefault(", ".join(labels) or "all runs", []).append(group[i])
+      label = ", ".join(labels) or _NAMES["sleep.passes"].format(
+        settings[i]["sleep.passes"]
+      )
+      lines.setdefault(label, []).append(group[i])
   return lines
 
 
@@ -262,21 +269,18 @@ def depth_unit(runs: Sequence[Run]) -> str:
   return _DEPTH_UNITS[runs[0].config["task"]["name"]]
 
 
-def panels(runs: Sequence[Run]) -> list[Panel]:
-  """One for each depth; its metric is judged on the way.
+def depth_axis(runs: Sequence[Run]) -> str:
+  """The same as the label of an axis."""
+  return _DEPTH_AXES[runs[0].config["task"]["name"]]
 
-  Depo's is the loss, as in the paper's figure 3; else exact accuracy.
-  """
+
+def panels(runs: Sequence[Run]) -> list[Panel]:
+  """One for each depth, of exact accuracy, judged on the way."""
   if depth_setting(runs):
     metric = f"eval/{_split(runs)}/accuracy"
     return [
       Panel(label, some, metric, max(floors(some).values()))
       for label, some in by_depth(runs).items()
-    ]
-  if runs[0].config["task"]["name"] == "depo":
-    return [
-      Panel(split.replace("_", " = "), runs, f"eval/{split}/loss")
-      for split in runs[0].results
     ]
   return [
     Panel(
@@ -286,6 +290,16 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
       floor,
     )
     for depth, floor in floors(runs).items()
+  ]
+
+
+def loss_panels(runs: Sequence[Run]) -> list[Panel]:
+  """Of Depo's the same of the test loss (paper, figure 3); else none."""
+  if runs[0].config["task"]["name"] != "depo":
+    return []
+  return [
+    Panel(split.replace("_", " = "), runs, f"eval/{split}/loss")
+    for split in runs[0].results
   ]
 
 

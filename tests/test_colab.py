@@ -195,7 +195,9 @@ def test_the_bounds_are_those_of_setup():
 
 def find_python312():
   """A Python 3.12, by preference the one that runs this."""
-  for name in (sys.executable, shutil.which("python3.12")):
+  # One that pyenv has put aside is not what its python3.12 starts.
+  aside = Path.home().glob(".pyenv/versions/3.12.*/bin/python")
+  for name in (sys.executable, shutil.which("python3.12"), *aside):
     if (
       name
       and "3.12"

@@ -270,7 +270,7 @@ def test_a_study_is_drawn(drawn, study, tmp_path):
     "N = 4",
   ]
   assert legend(transposed) == ["t = 2", "t = 8"]
-  assert depths.axes[0].get_xlabel() == "t"
+  assert depths.axes[0].get_xlabel() == "t (steps of the rule)"
   config = from_config_dict(automaton.get_config("tiny"))
   per_step = config.data.batch_size * config.data.length
   thick = [x for x in tokens.axes[1].lines if x.get_label() == "N = 4"][0]
@@ -363,9 +363,15 @@ def test_depo_and_math_have_several_depths_in_a_run(study):
   config = dict(run.config, task={"name": "depo"})
   scores = {"overall": {"accuracy": 0.5, "floor": 0.1}}
   depo = studies.Run(config, [], {"hops_1": scores, "hops_4": scores})
-  found = studies.panels([depo])
-  assert [x.title for x in found] == ["hops = 1", "hops = 4"]
-  assert [x.metric for x in found] == ["eval/hops_1/loss", "eval/hops_4/loss"]
+  for found, metric in (
+    (studies.panels([depo]), "accuracy"),
+    (studies.loss_panels([depo]), "loss"),
+  ):
+    assert [x.title for x in found] == ["hops = 1", "hops = 4"]
+    names = [f"eval/hops_{k}/{metric}" for k in (1, 4)]
+    assert [x.metric for x in found] == names
+    floor = 0.1 if metric == "accuracy" else None
+    assert [x.floor for x in found] == [floor] * 2
   assert list(studies.scores_by_depth(depo)) == [1, 4]
   config = dict(run.config, task={"name": "gsm_infinite"})
   ops = {"depth": {"10": scores["overall"], "2": scores["overall"]}}
@@ -428,7 +434,7 @@ def test_passes_when_judged_are_drawn(drawn, study, tmp_path):
   figures.study_by_test_passes(lines, tmp_path / "a.png")
   (panel,) = drawn[0].axes
   assert panel.get_title(loc="left") == "t = 2"
-  assert legend(drawn[0]) == ["N = 4"]
+  assert legend(drawn[0]) == ["N = 4", "best constant answer"]
   (bars,) = panel.containers
   np.testing.assert_allclose(bars.lines[0].get_xydata(), [(1, 0.2), (8, 0.9)])
 

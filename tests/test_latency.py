@@ -74,6 +74,23 @@ def test_the_figure_is_drawn(tmp_path):
   assert (tmp_path / "latency.png").stat().st_size > 10_000
 
 
+def test_the_figure_tells_all_n_apart(tmp_path, monkeypatch):
+  pytest.importorskip("matplotlib")
+  from experiments import figures
+
+  saved = []
+  monkeypatch.setattr(figures, "_save", lambda figure, _: saved.append(figure))
+  cells = [
+    x | {"passes": n} for n in range(1, 9) for x in report()["cells"][:2]
+  ]
+  figures.latency({"cells": cells}, tmp_path / "latency.png")
+  looks = {
+    (line.get_color(), line.get_marker(), line.get_markerfacecolor())
+    for line in saved[0].axes[0].lines
+  }
+  assert len(looks) == 8
+
+
 @pytest.mark.slow
 def test_cells_of_a_tiny_model():
   config = math.tiny()

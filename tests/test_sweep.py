@@ -1,5 +1,6 @@
 """A sweep runs what is left to run, and its table is that of its runs."""
 
+import contextlib
 import csv
 import dataclasses
 import fcntl
@@ -399,16 +400,28 @@ def test_the_commands_are_printed_and_nothing_is_written(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_repeats_nothing_that_is_finished(tmp_path):
+@pytest.mark.parametrize("with_its_run", [False, True])
+def test_a_killed_sweep_repeats_nothing_that_is_finished(
+  tmp_path, with_its_run
+):
   first = start(tmp_path)
-  while len(done := list(tmp_path.glob("*/results.json"))) < 1:
-    assert first.poll() is None, first.stdout.read()
-    time.sleep(0.2)
-  # The next point has been started.
-  while len(list(tmp_path.glob("*/log.txt"))) < 2:
-    assert first.poll() is None, first.stdout.read()
-    time.sleep(0.2)
-  first.kill()
+
+  def wait_for(pattern, count):
+    while len(found := list(tmp_path.glob(pattern))) < count:
+      assert first.poll() is None, first.stdout.read()
+      time.sleep(0.2)
+    return found
+
+  done = wait_for("*/results.json", 1)
+  (second,) = {*wait_for("*/log.txt", 2)} - {done[0].with_name("log.txt")}
+  if with_its_run:  # as when a machine goes down
+    wait_for(f"{second.parent.name}/checkpoints/10", 1)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+      with contextlib.suppress(OSError):
+        if f"--workdir={tmp_path}" in path.read_text():
+          os.kill(int(path.parent.name), signal.SIGKILL)
+  else:
+    first.kill()
   files = [
     done[0].with_name(name)
     for name in ("results.json", "metrics.jsonl", "log.txt")
@@ -416,7 +429,8 @@ def test_a_killed_sweep_repeats_nothing_that_is_finished(tmp_path):
   before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
   said, _ = (again := start(tmp_path)).communicate()
   assert again.returncode == 0, said
-  assert "waits for another process" in said
+  assert ("waits for another process" in said) != with_its_run
+  assert ("resuming from step 10" in second.read_text()) == with_its_run
   assert before == [
     (path.read_bytes(), path.stat().st_mtime_ns) for path in files
   ]
