@@ -47,11 +47,11 @@ had changes on top.
 
 Pictures: by_tokens is drawn as the paper's figures 2b (Rule 110), 3 (Depo: the
 loss), 4 and 5 (math), but against tokens in place of steps, depths_by_tokens as
-its 2a, throughput as its 6; by_depth stands beside what the paper prints, at its
-own depths, where there is any. Thin lines are seeds, thick ones their means;
-whiskers are 95% intervals over the seeds, cut at 0 and 1, and a point without
-any is one seed. A pocket run was meant to take five minutes: those of Rule 110
-with two passes do, most of Depo, of math and of more depth take longer.
+its 2a, throughput as its 6; by_depth stands beside what the paper prints, where
+there is any, at the paper's depths. Thin lines are seeds, thick ones their
+means; whiskers are 95% intervals over the seeds, cut at 0 and 1, and a point
+without any is one seed. A pocket run was meant to take five minutes: those of
+Rule 110 with two passes do; most of Depo, of math and of more depth do not.
 """
 _CLAIMS_HEAD = """## The paper's claims, and our questions, at this scale
 
