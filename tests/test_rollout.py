@@ -122,12 +122,13 @@ def make_held(passes):
   return held, rows
 
 
-def mine_and_naive(config, sleep, dtype="float64"):
-  """(loss, gradients) by `rollout` and by the naive loop, of all rows."""
-  arrays, rows = make_rows()
-  held, held_by_row = None, [(sleep.passes, None)] * len(rows)
+@functools.cache
+def by_the_naive_loop(config, sleep):
+  """(parameters, (loss, gradients)), of all rows."""
+  _, rows = make_rows()
+  held_by_row = [(sleep.passes, None)] * len(rows)
   if sleep.pass_loss:
-    held, held_by_row = make_held(sleep.passes)
+    _, held_by_row = make_held(sleep.passes)
 
   def naive_loss(params):
     return sum(
@@ -137,15 +138,23 @@ def mine_and_naive(config, sleep, dtype="float64"):
       for row, (n, its) in zip(rows, held_by_row, strict=True)
     )
 
+  with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+    _, params = make(config)
+    return params, jax.value_and_grad(naive_loss)(params)
+
+
+def mine_and_naive(config, sleep, dtype="float64"):
+  """(loss, gradients) by `rollout` and by the naive loop, of all rows."""
+  arrays, _ = make_rows()
+  held, _ = make_held(sleep.passes) if sleep.pass_loss else (None, None)
+
   def loss(params, model):
     result = run(model, params, arrays, sleep, held)
     if sleep.pass_loss:
       return result.loss_sum + jnp.sum(result.pass_loss)
     return result.loss_sum
 
-  with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-    _, params = make(config)
-    expected = jax.value_and_grad(naive_loss)(params)
+  params, expected = by_the_naive_loop(config, sleep)
   with jax.enable_x64(dtype == "float64"):
     model = HybridLM(
       dataclasses.replace(config, compute_dtype=dtype), VOCABULARY
