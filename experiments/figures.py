@@ -251,8 +251,9 @@ def throughput(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     )
     if sleeps:
       passes = np.linspace(1, max(x["passes"] for x in some), 50)
+      once = middle[0] * some[0]["passes"]
       panels[1].plot(
-        passes, middle[0] / passes, color=_GREY, ls="--", lw=1, label="1/N"
+        passes, once / passes, color=_GREY, ls="--", lw=1, label="1/N"
       )
   panels[0].set_xscale("log", base=2)
   windows = sorted({x["window"] for x in report["cells"]})
@@ -438,7 +439,8 @@ def study_by_tolerance(
       scores = studies.scores_by_depth(run).values()
       used.setdefault(at, []).append(studies.passes_used(run))
       right.setdefault(at, []).append(np.mean([x["accuracy"] for x in scores]))
-    _draw_means(panels[0], used, styles[label], label)
+    most = max(run.settings["sleep.passes"] for run in runs)
+    _draw_means(panels[0], used, styles[label], label, most)
     _draw_means(panels[1], right, styles[label], label)
   for panel, what in zip(
     panels, ("passes used, mean", "exact accuracy, held out"), strict=True
@@ -580,14 +582,15 @@ def _draw_curves(axis, curves, style, label, scale: float = 1) -> None:
   )
 
 
-def _draw_means(axis, values: Mapping[float, Sequence], style, label) -> None:
-  """At each x the mean and the 95% interval of its values."""
+def _draw_means(
+  axis, values: Mapping[float, Sequence], style, label, most: float = 1
+) -> None:
+  """At each x the mean of its values, 0..`most`, and its 95% interval."""
   places = sorted(values)
   middle, low, high = np.array(
     [studies.mean_and_interval(values[x]) for x in places], float
   ).T
-  # A share has no interval beyond 0 and 1; of one value there is none.
-  most = np.where(middle <= 1, 1, np.inf)
+  # There is nothing beyond 0 and `most`; of one value there is no interval.
   axis.errorbar(
     places,
     middle,

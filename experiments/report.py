@@ -51,15 +51,16 @@ its 2a, throughput as its 6; by_depth stands beside what the paper prints, where
 there is any, at the paper's depths. Thin lines are seeds, thick ones their
 means; whiskers are 95% intervals over the seeds, cut at 0 and 1, and a point
 without any is one seed. A pocket run was meant to take five minutes: those of
-Rule 110 with two passes do; most of Depo, of math and of more depth do not.
+Rule 110 mostly do, those of Depo, of math and of more depth mostly do not.
 """
 _CLAIMS_HEAD = """## The paper's claims, and our questions, at this scale
 
 Each difference is of mean accuracies, with a 95% interval: seed by seed where
 both sides have the same seeds, else Welch's. **Shown**: the interval is above
 0. **Opposite**: it is below 0. *Not shown*: it holds 0; with few seeds that
-says little. *At the floor*: no side's mean is 0.05 above the best constant
-answer, so little was learned there that could differ. *Too few seeds*: one side
+says little. *At the floor* is added where at one depth no side's mean is 0.05
+above the best constant answer: little was learned there that could differ (that
+it be 0.05 is a choice). *Too few seeds*: one side
 has one. *No spread*: all seeds agree, and nothing is known of others. *Not
 run*: a side has no run. Beside a claim stands how often each was found; they
 are of several tasks and depths, and no vote. Of so many intervals one in twenty
@@ -71,8 +72,9 @@ gain, so that what all N answer at a small depth makes a gain at a larger one
 look like a gain with depth. What is compared was trained with one and the same
 learning rate; where one was chosen, for Depo and math, it was on runs that
 sleep. Studies were added, and some given up, after results had been seen, as
-each says of itself. Of time, the value is a median with its range or quartiles,
-and *shown* if all three keep the rule.
+each says of itself. Of time, the value is a median, with the range of four
+histories or the quartiles of twelve rounds, and *shown* if all three keep the
+rule.
 
 | claim | source | difference | value | verdict |
 | --- | --- | --- | --- | --- |"""
@@ -124,20 +126,11 @@ def commands_left(results: Path) -> list[tuple[str, int, int]]:
 
 
 def verdict(
-  difference: float | None,
-  low: float | None,
-  high: float | None,
-  above_floor: float = 1.0,
+  difference: float | None, low: float | None, high: float | None
 ) -> str:
-  """What a difference says of the claim that it is positive.
-
-  Args:
-    above_floor: how far the best of the means is above the best constant.
-  """
+  """What a difference says of the claim that it is positive."""
   if difference is None:
     return "not run"
-  if above_floor < 0.05:
-    return "at the floor"
   if low is None or high is None:
     return "too few seeds"
   if high - low < 1e-9:
@@ -351,41 +344,46 @@ def _claims(read: _Read) -> str:
         found[seeds] = at[cell.depth]
     return found
 
+  def at_the_floor(plus, minus) -> bool:
+    """Whether a depth is compared at which no mean is above the floor."""
+
+    def above(cell):
+      return np.mean(
+        [x["accuracy"] - x["floor"] for x in scores(cell).values()]
+      )
+
+    return any(
+      all(above(x) < 0.05 for x in (*plus, *minus) if x.depth == depth)
+      for depth in {x.depth for x in plus} & {x.depth for x in minus}
+    )
+
   rows = [_CLAIMS_HEAD]
   for claim in plan.CLAIMS:
     lines, missing, verdicts = [], [], Counter()
     for name, plus, minus in claim.contrasts:
-      found = [list(map(scores, cells)) for cells in (plus, minus)]
       value = studies.difference_and_interval(
         *(
-          [{seeds: x["accuracy"] for seeds, x in cell.items()} for cell in side]
-          for side in found
+          [
+            {seeds: x["accuracy"] for seeds, x in scores(cell).items()}
+            for cell in cells
+          ]
+          for cells in (plus, minus)
         )
       )
-      said = verdict(*value, _above_floor([*found[0], *found[1]]))
+      said = verdict(*value)
+      if value[0] is not None and at_the_floor(plus, minus):
+        said += ", at the floor"
       if value[0] is None:
         missing.append(name)
       else:
         lines.append(f"{name} | {_mean(value, '+')} | {said} |")
-      verdicts[said.strip("*")] += 1
+      verdicts[said.replace("*", "")] += 1
     if missing:
       lines.append(f"{'; '.join(missing)} | | {verdict(None, None, None)} |")
-    counts = ", ".join(f"{n} {said}" for said, n in verdicts.most_common())
+    counts = "; ".join(f"{n} {said}" for said, n in verdicts.most_common())
     rows.append(f"| {claim.says} ({counts}) | {claim.source} | {lines[0]}")
     rows += [f"| | | {line}" for line in lines[1:]]
   return "\n".join(rows) + "\n"
-
-
-def _above_floor(cells: Sequence[Mapping[tuple, Mapping[str, float]]]) -> float:
-  """How far the best cell's mean is above its best constant answer."""
-  return max(
-    (
-      np.mean([x["accuracy"] - x["floor"] for x in cell.values()])
-      for cell in cells
-      if cell
-    ),
-    default=0.0,
-  )
 
 
 def _measured_claims(results: Path) -> str:

@@ -222,9 +222,8 @@ def by_setting(
 ) -> dict[str, list[Run]]:
   """Label -> the seeds of each setting.
 
-  They are labelled by the variant, and by what differs within it, by N if
-  nothing does. Models that are only judged, each trained elsewhere, count as
-  seeds.
+  They are labelled by the variant, and by what differs within it. Models that
+  are only judged, each trained elsewhere, count as seeds.
 
   Args:
     apart: paths of settings that are shown in another way.
@@ -252,10 +251,7 @@ def by_setting(
         _NAMES.get(path, f"{path} = {{}}").format(settings[i].get(path))
         for path in paths
       ]
-      label = ", ".join(labels) or _NAMES["sleep.passes"].format(
-        settings[i]["sleep.passes"]
-      )
-      lines.setdefault(label, []).append(group[i])
+      lines.setdefault(", ".join(labels) or "all runs", []).append(group[i])
   return lines
 
 

@@ -176,13 +176,13 @@ def test_a_verdict_is_computed(tmp_path, counted, more, said):
 @pytest.mark.parametrize(
   "fewer, more, said",
   [
-    (0.125, 0.17, "at the floor"),
-    (0.17, 0.125, "at the floor"),
+    (0.125, 0.17, "**shown**, at the floor"),
+    (0.17, 0.125, "**opposite**, at the floor"),
     (0.125, 0.18, "**shown**"),
     (0.18, 0.125, "**opposite**"),
   ],
 )
-def test_what_no_side_learned_says_nothing(
+def test_what_no_side_learned_is_said_to_be_at_the_floor(
   tmp_path, counted, fewer, more, said
 ):
   for n, accuracy in ((1, fewer), (4, more)):
@@ -190,8 +190,15 @@ def test_what_no_side_learned_says_nothing(
       # The constant, 0.125, is of every run.
       noise = 0.001 * (seed if n == 1 else -seed)
       write_run(tmp_path / "rule110", n, seed, accuracy + noise)
+      # At t = 2 all is learned.
+      write_run(tmp_path / "rule110", n, seed, 0.9, steps=2)
   text = report.report(tmp_path, counted)
   assert row(text, "rule110, depth 4: N = 4 over 1")[-1] == said
+  gains = row(text, "rule110: what N = 4 gains at 4 over what at 2")
+  assert gains[-1] == said
+  # That one depth is at the floor is what this contrast finds.
+  falls = row(text, "rule110, N = 1: depth 2 over 4")
+  assert falls[-1] == "**shown**"
 
 
 def seeds(values):
