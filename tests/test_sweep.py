@@ -417,7 +417,8 @@ def test_a_killed_sweep_repeats_nothing_that_is_finished(
   done = wait_for("*/results.json", 1)
   (second,) = {*wait_for("*/log.txt", 2)} - {done[0].with_name("log.txt")}
   if with_its_run:  # as when a machine goes down
-    wait_for(f"{second.parent.name}/checkpoints/10", 1)
+    # The save before it is whole.
+    wait_for(f"{second.parent.name}/checkpoints/20", 1)
     for path in Path("/proc").glob("[0-9]*/cmdline"):
       with contextlib.suppress(OSError):
         if f"--workdir={tmp_path}".encode() in path.read_bytes():
