@@ -575,9 +575,8 @@ def _draw_curves(axis, curves, style, label, scale: float = 1) -> None:
     scale * np.array(steps),
     mean,
     label=label,
-    ms=4.5,
-    lw=1.8,
     markevery=[-1],
+    **(_SIZES | {"lw": 1.8}),
     **style._asdict(),
   )
 
@@ -595,7 +594,7 @@ def _draw_means(
     places,
     middle,
     yerr=np.nan_to_num(
-      [middle - np.maximum(low, 0), np.minimum(high, most) - middle]
+      [middle - np.maximum(low, 0), np.clip(high, middle, most) - middle]
     ),
     label=label,
     **_SIZES,

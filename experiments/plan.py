@@ -574,6 +574,15 @@ def _between(name: str, plus: Cell, minus: Cell) -> Contrast:
   return Contrast(name, [plus], [minus])
 
 
+def _variants(folder: str, depth: int, more: str, less: str) -> Contrast:
+  """Of one variant of a study over another."""
+  return _between(
+    f"{folder}, depth {depth}: {more} over {less}",
+    Cell(f"{folder}/{more}", depth),
+    Cell(f"{folder}/{less}", depth),
+  )
+
+
 # Runs of "rule110" at t = 4 with N = 4, made again.
 _AGAIN = Cell("rule110-passes", 4, {"sleep.sampled_passes": (False,)}, 4)
 # Folder and depth, and the N of its baselines. Of Depo the most hops that any
@@ -758,11 +767,7 @@ CLAIMS: Sequence[Claim] = (
     "Learning t by way of smaller t is better than t alone",
     _OURS,
     [
-      _between(
-        f"{folder}, depth {t}: curriculum over plain",
-        Cell(f"{folder}/curriculum", t),
-        Cell(f"{folder}/plain", t),
-      )
+      _variants(folder, t, "curriculum", "plain")
       for folder, t in (("rule110-deep", 8), ("rule110-by-way", 6))
     ],
   ),
@@ -770,51 +775,29 @@ CLAIMS: Sequence[Claim] = (
     "A loss of each pass reaches t that answers alone do not teach",
     _OURS,
     [
-      _between(
-        f"{folder}, depth {t}: {more} over {less}",
-        Cell(f"{folder}/{more}", t),
-        Cell(f"{folder}/{less}", t),
-      )
-      for folder, t, more, less in (
-        ("rule110-deep", 8, "pass_loss", "plain"),
-        ("rule110-deep", 8, "deep", "curriculum"),
-        ("rule110-held", 15, "pass_loss", "plain"),
-      )
+      _variants("rule110-deep", 8, "pass_loss", "plain"),
+      _variants("rule110-deep", 8, "deep", "curriculum"),
+      _variants("rule110-held", 15, "pass_loss", "plain"),
     ],
   ),
   Claim(
     "A loss of each pass and smaller t first are together better than neither",
     _OURS,
-    [
-      _between(
-        "rule110-deep, depth 8: deep over plain",
-        Cell("rule110-deep/deep", 8),
-        Cell("rule110-deep/plain", 8),
-      )
-    ],
+    [_variants("rule110-deep", 8, "deep", "plain")],
   ),
   Claim(
-    "The same, at equal tokens, over one pass with smaller t first",
+    "The same (N = 5 at t = 8, 4 at 6), at equal tokens, over one pass with"
+    " smaller t first",
     _OURS,
     [
-      _between(
-        f"{folder}, depth {t}: deep (N = {n}) over one_pass (N = 1)",
-        Cell(f"{folder}/deep", t),
-        Cell(f"{folder}/one_pass", t),
-      )
-      for folder, t, n in (("rule110-deep", 8, 5), ("rule110-deep-six", 6, 4))
+      _variants("rule110-deep", 8, "deep", "one_pass"),
+      _variants("rule110-deep-six", 6, "deep", "one_pass"),
     ],
   ),
   Claim(
     "With a loss of each pass, smaller t with fewer passes help",
     _OURS,
-    [
-      _between(
-        "rule110-deep, depth 8: deep over pass_loss",
-        Cell("rule110-deep/deep", 8),
-        Cell("rule110-deep/pass_loss", 8),
-      )
-    ],
+    [_variants("rule110-deep", 8, "deep", "pass_loss")],
   ),
   Claim(
     "More passes when judged than in training help further",

@@ -344,34 +344,25 @@ def _claims(read: _Read) -> str:
         found[seeds] = at[cell.depth]
     return found
 
-  def at_the_floor(plus, minus) -> bool:
-    """Whether a depth is compared at which no mean is above the floor."""
-
-    def above(cell):
-      return np.mean(
-        [x["accuracy"] - x["floor"] for x in scores(cell).values()]
-      )
-
-    return any(
-      all(above(x) < 0.05 for x in (*plus, *minus) if x.depth == depth)
-      for depth in {x.depth for x in plus} & {x.depth for x in minus}
-    )
-
   rows = [_CLAIMS_HEAD]
   for claim in plan.CLAIMS:
     lines, missing, verdicts = [], [], Counter()
     for name, plus, minus in claim.contrasts:
+      sides = [
+        [(cell.depth, scores(cell)) for cell in cells]
+        for cells in (plus, minus)
+      ]
       value = studies.difference_and_interval(
         *(
           [
-            {seeds: x["accuracy"] for seeds, x in scores(cell).items()}
-            for cell in cells
+            {seeds: x["accuracy"] for seeds, x in found.items()}
+            for _, found in side
           ]
-          for cells in (plus, minus)
+          for side in sides
         )
       )
       said = verdict(*value)
-      if value[0] is not None and at_the_floor(plus, minus):
+      if value[0] is not None and _at_the_floor(*sides):
         said += ", at the floor"
       if value[0] is None:
         missing.append(name)
@@ -384,6 +375,23 @@ def _claims(read: _Read) -> str:
     rows.append(f"| {claim.says} ({counts}) | {claim.source} | {lines[0]}")
     rows += [f"| | | {line}" for line in lines[1:]]
   return "\n".join(rows) + "\n"
+
+
+def _at_the_floor(plus: Sequence, minus: Sequence) -> bool:
+  """Whether a depth is compared at which no mean is above the floor.
+
+  Args:
+    plus, minus: (depth, seeds of a run -> its scores) of each cell.
+  """
+
+  def above(found):
+    return np.mean([x["accuracy"] - x["floor"] for x in found.values()])
+
+  compared = {depth for depth, _ in plus} & {depth for depth, _ in minus}
+  return any(
+    all(above(found) < 0.05 for at, found in (*plus, *minus) if at == depth)
+    for depth in compared
+  )
 
 
 def _measured_claims(results: Path) -> str:

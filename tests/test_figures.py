@@ -447,7 +447,7 @@ def test_tolerances_are_drawn(drawn, study, tmp_path):
     config["run"]["init_from"] = f"a model {i}"
     path.write_text(json.dumps(config))
     found = json.loads(path.with_name("results.json").read_text())
-    found["heldout"]["sleep"] = {"passes": 1 - 0.25 * (i % 2)}
+    found["heldout"]["sleep"] = {"passes": 4.0 - i % 2}
     path.with_name("results.json").write_text(json.dumps(found))
   (path,) = figures.draw_folder(study, tmp_path)
   used, accuracy = drawn[0].axes
@@ -456,7 +456,7 @@ def test_tolerances_are_drawn(drawn, study, tmp_path):
   # The models that they were trained to are seeds.
   assert legend(drawn[0]) == ["N = 1", "N = 4"]
   for bars in used.containers:
-    np.testing.assert_allclose(bars.lines[0].get_ydata(), [1, 0.75])
+    np.testing.assert_allclose(bars.lines[0].get_ydata(), [4, 3])
   np.testing.assert_allclose(
     accuracy.containers[0].lines[0].get_ydata(), [0.3, 0.3], atol=0.1
   )
