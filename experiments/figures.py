@@ -594,7 +594,9 @@ def _draw_means(
     places,
     middle,
     yerr=np.nan_to_num(
-      [middle - np.maximum(low, 0), np.clip(high, middle, most) - middle]
+      np.maximum(
+        [middle - np.maximum(low, 0), np.minimum(high, most) - middle], 0
+      )
     ),
     label=label,
     **_SIZES,
